@@ -1,0 +1,557 @@
+"""Evaluation and prediction of trained runs.
+
+    python eval.py runs/A runs/B            one table for the test studies of several runs
+    python eval.py runs/A --predict STUDIES --out DIR    masks (NIfTI) for studies without labels
+
+Dice, FPV and FNV follow the AutoPET challenge, on the grid of the study's own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from scipy import ndimage, stats
+from torch import Tensor
+from tqdm import tqdm
+
+from data import (
+    PREPROCESSING,
+    THRESHOLD_SUV,
+    BadStudy,
+    Case,
+    UserError,
+    atomic,
+    find_studies,
+    preprocess,
+    read_json,
+    to_native,
+    write_json,
+)
+from mirror_unet import decide, margins
+
+EIGHTEEN = ndimage.generate_binary_structure(3, 2)  # faces and edges join, corners do not
+THRESHOLD = f"SUV ≥ {THRESHOLD_SUV:g} threshold"
+
+# ------------------------------------------------------------------ metrics of the challenge
+
+
+def binary_pair(pred, mask) -> tuple[np.ndarray, np.ndarray]:
+    pred, mask = np.asarray(pred) != 0, np.asarray(mask) != 0
+    if pred.shape != mask.shape:
+        raise ValueError(f"prediction {pred.shape} and mask {mask.shape} lie on different grids")
+    return pred, mask
+
+
+def dice(pred, mask) -> float:
+    """2 |G ∩ P| / (|G| + |P|) of two masks of one shape; non-zero is foreground.
+
+    Empty masks as in AutoPET 2022: NaN if both are empty, 0 if only one is.
+    """
+    pred, mask = binary_pair(pred, mask)
+    total = int(pred.sum()) + int(mask.sum())
+    return 2 * int((pred & mask).sum()) / total if total else math.nan
+
+
+def false_positive_volume(pred, mask, spacing) -> float:
+    """FPV in ml: the 18-connected components of pred that touch no voxel of mask.
+
+    pred, mask (W, H, D); spacing in mm per axis, in the same order.
+    """
+    pred, mask = binary_pair(pred, mask)
+    return unmatched_volume(pred, mask, spacing)
+
+
+def false_negative_volume(pred, mask, spacing) -> float:
+    """FNV in ml: the 18-connected components of mask that touch no voxel of pred."""
+    pred, mask = binary_pair(pred, mask)
+    return unmatched_volume(mask, pred, spacing)
+
+
+def unmatched_volume(a: np.ndarray, b: np.ndarray, spacing) -> float:
+    """Volume in ml of the components of a without a voxel of b; labelled inside a's box only."""
+    boxes = ndimage.find_objects(a.astype(np.uint8, copy=False))
+    if not boxes:
+        return 0.0
+    a, b = a[boxes[0]], b[boxes[0]]
+    regions, count = ndimage.label(a, EIGHTEEN)
+    touched = np.zeros(count + 1, bool)
+    touched[regions[b]] = True
+    touched[0] = True
+    sizes = np.bincount(regions[a], minlength=count + 1)
+    return float(sizes[~touched].sum() * np.prod(spacing) / 1000)
+
+
+def named_masks(classes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Masks by name from a map whose bit k is class names[k]; whole = core ∪ edema (Sec. 3.3)."""
+    masks = {name: (classes >> bit) & 1 == 1 for bit, name in enumerate(names)}
+    if "core" in masks:
+        masks["whole"] = classes > 0
+    return masks
+
+
+def score(pred: np.ndarray, truth: np.ndarray, names: tuple[str, ...], spacing) -> dict[str, float]:
+    """Metrics of one study from two bit maps (see named_masks) on one grid."""
+    ml = np.prod(spacing) / 1000
+    p, g = named_masks(pred, names), named_masks(truth, names)
+    if names == ("lesion",):
+        return {
+            "dice": dice(p["lesion"], g["lesion"]),
+            "fpv_ml": false_positive_volume(p["lesion"], g["lesion"], spacing),
+            "fnv_ml": false_negative_volume(p["lesion"], g["lesion"], spacing),
+            "mtv_pred_ml": float(p["lesion"].sum() * ml),
+            "mtv_true_ml": float(g["lesion"].sum() * ml),
+        }
+    row = {f"dice_{name}": dice(p[name], g[name]) for name in ("whole", "edema", "core")}
+    row |= {f"{name}_pred_ml": float(p[name].sum() * ml) for name in ("whole", "edema", "core")}
+    return row | {
+        f"{name}_true_ml": float(g[name].sum() * ml) for name in ("whole", "edema", "core")
+    }
+
+
+# ------------------------------------------------------------------ sliding windows
+
+
+def window_starts(size: int, patch: int, overlap: float) -> list[int]:
+    """First voxels of the windows along one axis; the last window ends at the border."""
+    step = max(1, int(patch * (1 - overlap)))
+    count = max(1, math.ceil((size - patch) / step) + 1)
+    return [min(i * step, size - patch) for i in range(count)]
+
+
+def window_weights(patch, kind: str) -> Tensor:
+    """Weight of each voxel of a window (W, H, D): "constant", or "gaussian" with σ = side / 8."""
+    if kind == "constant":
+        return torch.ones(tuple(patch))
+    weight = torch.ones(())
+    for side in patch:
+        x = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
+        weight = weight[..., None] * torch.exp(-0.5 * (x / (side / 8)) ** 2)
+    return weight.clamp_min(1e-3)  # far corners must not divide by nothing
+
+
+def sliding_window(
+    run: Callable,
+    image: np.ndarray,
+    patch,
+    overlap: float = 0.25,
+    weights: str = "constant",
+    batch: int = 4,
+    device: str | torch.device = "cpu",
+    reads: tuple[int, ...] = (0, 1),
+) -> tuple[Tensor, float]:
+    """Apply `run` to windows of `image` (2, W, H, D) and average where they overlap.
+
+    run: (B, 2, w, h, d) on `device` -> maps (B, K, w, h, d) and scores (B,) or None. reads: the
+    channels that run depends on; windows that are zero in all of them have one answer, which is
+    computed once. Returns the map (K, W, H, D), float32, and the highest score (NaN without).
+    Runs out of device memory? Then the sums move to the CPU, then fewer windows go at once.
+    """
+    device = torch.device(device)
+    home = device
+    while True:
+        try:
+            return stitch(run, image, patch, overlap, weights, batch, device, home, reads)
+        except torch.OutOfMemoryError:
+            if home.type != "cpu":
+                home = torch.device("cpu")
+            elif batch > 1:
+                batch //= 2
+            else:
+                raise UserError(
+                    f"{device} has no memory for one window of {tuple(patch)}. Close what else "
+                    "runs there, or use --device cpu."
+                ) from None
+        torch.cuda.empty_cache()
+
+
+def stitch(run, image, patch, overlap, weights, batch, device, home, reads):
+    """One attempt of sliding_window with the sums on the device `home`."""
+    lack = [max(p - n, 0) for p, n in zip(patch, image.shape[1:], strict=True)]
+    if any(lack):  # smaller than a window: zeros around, as in training
+        image = np.pad(image, [(0, 0), *((n // 2, n - n // 2) for n in lack)])
+    shape = image.shape[1:]
+    axes = [window_starts(n, p, overlap) for n, p in zip(shape, patch, strict=True)]
+    corners = [(x, y, z) for x in axes[0] for y in axes[1] for z in axes[2]]
+    boxes = [
+        tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True)) for corner in corners
+    ]
+    weight = window_weights(patch, weights).to(home)
+    total, norm, best = None, torch.zeros(shape, device=home), -math.inf
+
+    def add(box, values, value_score):
+        nonlocal total, best
+        if total is None:
+            total = torch.zeros((values.shape[0], *shape), device=home)
+        total[(slice(None), *box)] += values.to(home, torch.float32) * weight
+        norm[box] += weight
+        if value_score is not None:
+            best = max(best, float(value_score))
+
+    image = torch.from_numpy(np.ascontiguousarray(image))
+    blank = [not image[(list(reads), *box)].any() for box in boxes]
+    busy = [box for box, empty in zip(boxes, blank, strict=True) if not empty]
+    image = image.to(home)
+    if any(blank):
+        maps, scores = run(torch.zeros((1, 2, *patch), device=device))
+        for box in (b for b, empty in zip(boxes, blank, strict=True) if empty):
+            add(box, maps[0], None if scores is None else scores[0])
+    for first in range(0, len(busy), batch):
+        group = busy[first : first + batch]
+        windows = torch.stack([image[(slice(None), *box)] for box in group])
+        maps, scores = run(windows.to(device, torch.float32))
+        for i, box in enumerate(group):
+            add(box, maps[i], None if scores is None else scores[i])
+    total /= norm
+    before = [n // 2 for n in lack]
+    inner = tuple(slice(b, n - (m - b)) for b, n, m in zip(before, shape, lack, strict=True))
+    return total[(slice(None), *inner)], best if best > -math.inf else math.nan
+
+
+def autocast(device: torch.device, amp: str):
+    """Mixed precision for the forward pass: amp "none", "bf16" or "fp16"."""
+    if amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
+
+
+def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.ndarray, float]:
+    """Margins (K, W, H, D) of one preprocessed study and, if "tumor" is in heads, the highest
+    tumour probability of a window (NaN otherwise). Only `heads` are computed."""
+    own = config.bottleneck == "own" and model.variant.ct == "rec" and heads == ("seg",)
+
+    @torch.inference_mode()
+    def run(windows: Tensor):
+        with autocast(device, config.amp):
+            out = model(windows[:, :1], windows[:, 1:], heads=heads)
+        tumor = None if out.tumor is None else out.tumor.float().sigmoid()
+        return margins(out.seg.float()), tumor
+
+    model.eval()
+    margin, tumor = sliding_window(
+        run, image, config.patch, config.overlap, config.window_weights, config.window_batch,
+        device, reads=(1,) if own else (0, 1),
+    )  # fmt: skip
+    return margin.cpu().numpy(), tumor
+
+
+def bits(margin: np.ndarray, variant) -> np.ndarray:
+    """uint8 map whose bit k says that class k of the variant is present."""
+    present = decide(margin, variant)
+    return sum(p.astype(np.uint8) << k for k, p in enumerate(present)).astype(np.uint8)
+
+
+def label_map(margin: np.ndarray) -> np.ndarray:
+    """uint8 labels 0, 1 .. K; where two classes are present, the larger margin wins."""
+    labels = np.zeros(margin.shape[1:], np.uint8)
+    best = np.zeros(margin.shape[1:], np.float32)
+    for k, m in enumerate(margin, start=1):
+        wins = m > best
+        labels[wins] = k
+        np.maximum(best, m, out=best)
+    return labels
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def evaluate(model, cases: list[Case], config, device, native: bool = True, bar: str = "") -> list:
+    """A row of metrics per study, a dict.
+
+    native: on the grid of the study's files (the reported results); else on the cached grid (the
+    validation during training). For PET/CT a native row also has the columns suv4_*, the same
+    metrics of the voxels with SUV >= 4.
+    """
+    names = model.variant.classes
+    heads = ("seg", "tumor") if model.variant.tumor and native else ("seg",)
+    rows = []
+    for case in tqdm(cases, bar, unit="study", leave=False, disable=not bar):
+        margin, tumor = infer(model, case.load("images"), config, device, heads)
+        row = {"study": case.name, "patient": case.patient, "has_lesion": case.has_lesion}
+        if native:
+            spacing = native_spacing(case)
+            pred = to_native(case.meta, margin, lambda m: bits(m, model.variant))
+            truth = true_bits(case.native("native_label", case.load("native_class")))
+        else:
+            spacing = case.meta["spacing"]
+            pred, truth = bits(margin, model.variant), true_bits(case.load("label"))
+        row |= score(pred, truth, names, spacing)
+        if native and names == ("lesion",):
+            hot = score(case.native("native_hot"), truth, names, spacing)
+            row |= {f"suv4_{k}": v for k, v in hot.items() if k != "mtv_true_ml"}
+        if "tumor" in heads:
+            row["tumor_score"] = tumor
+        rows.append(row)
+    return rows
+
+
+def native_spacing(case: Case) -> np.ndarray:
+    """Spacing in mm along the axes of the study's files."""
+    return np.linalg.norm(np.array(case.meta["native_affine"])[:3, :3], axis=0)
+
+
+def true_bits(classes: np.ndarray) -> np.ndarray:
+    """Classes 1, 2 of a mask as bits 1, 2: the same numbers, as the classes are disjoint."""
+    return np.asarray(classes)
+
+
+def summarize(rows: list[dict], kind: str) -> dict:
+    """Means over studies with their counts: {system: {metric: {"mean", "std", "n"}}}.
+
+    PET/CT: Dice, FNV and MTV over the studies with a lesion, FPV over all of them and over the
+    healthy ones alone. MRI: Dice per class over the studies where mask or prediction has it.
+    """
+    frame = pd.DataFrame(rows)
+
+    def mean(column: str, chosen) -> dict:
+        values = frame.loc[chosen, column].dropna().astype(float)
+        n = len(values)
+        return {
+            "mean": float(values.mean()) if n else None,
+            "std": float(values.std(ddof=1)) if n > 1 else None,
+            "n": n,
+        }
+
+    everyone = pd.Series(True, index=frame.index)
+    if kind == "mri":
+        return {
+            "model": {f"dice_{c}": mean(f"dice_{c}", everyone) for c in ("whole", "edema", "core")}
+        }
+    ill = frame["has_lesion"].astype(bool)
+    summary = {}
+    for system, prefix in (("model", ""), (THRESHOLD, "suv4_")):
+        if f"{prefix}dice" not in frame:
+            continue
+        summary[system] = {
+            "dice": mean(f"{prefix}dice", ill),
+            "fpv_ml": mean(f"{prefix}fpv_ml", everyone),
+            "fpv_healthy_ml": mean(f"{prefix}fpv_ml", ~ill),
+            "fnv_ml": mean(f"{prefix}fnv_ml", ill),
+            "mtv_pred_ml": mean(f"{prefix}mtv_pred_ml", ill),
+            "mtv_true_ml": mean("mtv_true_ml", ill),
+        }
+    if "tumor_score" in frame:
+        summary["model"] |= classification(frame["tumor_score"], ill)
+    return summary
+
+
+def classification(scores: pd.Series, ill: pd.Series) -> dict:
+    """Accuracy at 0.5 and AUC of the study scores of T (v3); AUC is None with one class only."""
+    n, positive = len(scores), int(ill.sum())
+    auc = None
+    if 0 < positive < n:
+        u = stats.mannwhitneyu(scores[ill], scores[~ill]).statistic
+        auc = float(u / (positive * (n - positive)))
+    accuracy = float(((scores > 0.5) == ill).mean())
+    return {"tumor_accuracy": {"mean": accuracy, "n": n}, "tumor_auc": {"mean": auc, "n": n}}
+
+
+TITLES = {
+    "dice": "Dice", "fpv_ml": "FPV ml", "fpv_healthy_ml": "healthy FPV ml", "fnv_ml": "FNV ml",
+    "mtv_pred_ml": "MTV ml", "mtv_true_ml": "true MTV ml", "tumor_accuracy": "T accuracy",
+    "tumor_auc": "T AUC", "dice_whole": "whole", "dice_edema": "edema", "dice_core": "core",
+}  # fmt: skip
+RULES = {
+    "petct": "Dice, FNV, MTV: studies with a lesion (n). FPV: all studies; a false alarm in a "
+    "healthy study counts there. AutoPET metrics on the studies' own grid.",
+    "mri": "Dice; whole = core ∪ edema. A class absent from mask and prediction is left out (n).",
+}
+
+
+def results_table(systems: dict[str, dict], kind: str) -> str:
+    """Aligned text: a row per system, mean and (n) per metric, and the rule for empty masks."""
+    columns = [c for c in TITLES if any(c in s for s in systems.values())]
+
+    def cell(value: dict | None) -> str:
+        if not value or value["mean"] is None:
+            return "-"
+        return f"{value['mean']:.3f} ({value['n']})"
+
+    rows = [["", *(TITLES[c] for c in columns)]]
+    rows += [[name, *(cell(s.get(c)) for c in columns)] for name, s in systems.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        lines.append(
+            "  ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        )
+    return "\n".join([*lines, RULES[kind]])
+
+
+def rows_of(name: str, summary: dict) -> dict[str, dict]:
+    """The rows of results_table for one run: the model under the run's name, then the threshold."""
+    return {name if system == "model" else system: values for system, values in summary.items()}
+
+
+def write_results(folder: Path, part: str, rows: list[dict], kind: str, about: dict) -> dict:
+    """<part>_studies.csv and summary.json of a run (or of --out); returns the summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / f"{part}_studies.csv") as file:
+        file.write(pd.DataFrame(rows).to_csv(index=False).encode())
+    summary = summarize(rows, kind)
+    name = "summary.json" if part == "test" else f"{part}_summary.json"
+    write_json(folder / name, {"rule": RULES[kind], "part": part, **about, "systems": summary})
+    return summary
+
+
+# ------------------------------------------------------------------ prediction
+
+
+def write_mask(path: Path, mask: np.ndarray, source: Path) -> None:
+    """Write a uint8 mask in the geometry of `source`, header codes included, as NIfTI."""
+    header = nib.load(source).header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = b"Mirror U-Net mask"
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    nib.save(kind(mask, None, header), temporary)
+    os.replace(temporary, path)
+
+
+def predict(
+    model, config, studies_dir: Path, out: Path, device, skip_bad: bool = False
+) -> list[Path]:
+    """Masks for every study below `studies_dir`, written to `out`/<study>.nii.gz; the paths.
+
+    Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for studies of another kind than the
+    run's and, after all good ones are written, for bad ones (unless skip_bad).
+    """
+    found = find_studies(studies_dir, labelled=False)
+    if found.kind != config.kind:
+        raise UserError(
+            f"{studies_dir}: holds {found.kind} studies, the run was trained on {config.kind}. "
+            "Choose a run of that kind."
+        )
+    settings = replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
+    findings, written = list(found.findings), []
+    for study in tqdm(found.studies, "predict", unit="study", leave=False):
+        try:
+            arrays, meta = preprocess(replace(study, label=None), settings)
+        except BadStudy as error:
+            findings += error.findings
+            continue
+        margin, _ = infer(model, arrays["images"], config, device)
+        path = out / f"{study.name.replace('/', '__')}.nii.gz"
+        write_mask(path, to_native(meta, margin, label_map), study.pet.path)
+        written.append(path)
+    if findings:
+        lines = "\n".join(f"  {finding}" for finding in sorted(findings))
+        message = f"{len(findings)} problems; {len(written)} studies were predicted:\n{lines}"
+        if not skip_bad:
+            raise UserError(message)
+        print(f"left out   {message}", file=sys.stderr)
+    return written
+
+
+# ------------------------------------------------------------------ command line
+
+# Options of train.Config that evaluation takes; what is not given stays as the run had it.
+EVAL_OPTIONS = (
+    "data", "cache", "device", "amp", "threads", "workers", "overlap", "window_weights",
+    "window_batch", "check", "skip_bad",
+)  # fmt: skip
+
+
+def load_run(run: Path, checkpoint: str, given: dict):
+    """Model, config and device of a trained run, with the options `given` on the command line."""
+    from train import as_config, build_model, choose_amp, choose_device, load_checkpoint
+
+    weights = load_checkpoint(run / f"{checkpoint}.pt")
+    config = replace(as_config(read_json(run / "config.json")["config"]), **given)
+    device = choose_device(config.device)
+    if "amp" not in given:  # the device may be another one than in training
+        config = replace(config, amp="auto")
+    config = choose_amp(config, device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = build_model(config)
+    model.load_state_dict(weights["model"])
+    return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
+
+
+def evaluate_run(run: Path, args, given: dict) -> tuple[dict, str]:
+    """Evaluate one run on a part of its splits, or on all studies of another --data."""
+    from train import open_data
+
+    model, config, device, weights = load_run(run, args.checkpoint, given)
+    config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
+    part = args.part
+    if "data" in given:
+        part = "all"
+    else:
+        names = read_json(run / "splits.json")
+        wanted = sum(names.values(), []) if part == "all" else names[part]
+        cases = [case for case in cases if case.name in set(wanted)]
+        if missing := sorted(set(wanted) - {case.name for case in cases}):
+            raise UserError(
+                f"{run}: {len(missing)} studies of its splits are not in the data, the first is "
+                f"{missing[0]}. Give their folder with --data."
+            )
+    rows = evaluate(model, cases, config, device, bar=f"{run.name} {part}")
+    facts = {
+        "checkpoint_epoch": weights["epoch"],
+        "epochs": weights["epoch"] if args.checkpoint == "last" else config.epochs,
+        "val_dice": weights.get("val_dice"),
+        "data": config.data,
+    }
+    folder = Path(args.out) / run.name if args.out else run
+    return write_results(folder, part, rows, config.kind, facts), config.kind
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """python eval.py: see the top of the file."""
+    from train import add_flags
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a trained run")
+    parser.add_argument("--part", default="test", choices=("train", "val", "test", "all"))
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    parser.add_argument("--predict", type=Path, metavar="DIR", help="studies without labels")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results or masks")
+    add_flags(parser, EVAL_OPTIONS)
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if name in EVAL_OPTIONS}
+    if args.predict:
+        if len(args.runs) > 1 or args.out is None:
+            raise UserError("--predict takes one run, and --out for the folder of the masks.")
+        model, config, device, _ = load_run(args.runs[0], args.checkpoint, given)
+        for path in predict(model, config, args.predict, args.out, device, config.skip_bad):
+            print(path)
+        return
+    systems, kinds = {}, set()
+    for run in args.runs:
+        summary, kind = evaluate_run(run, args, given)
+        systems |= rows_of(run.name, summary)
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise UserError(f"{run}: its data are of another kind than those of the runs before.")
+    threshold = systems.pop(THRESHOLD, None)
+    if threshold:
+        systems[THRESHOLD] = threshold
+    print(results_table(systems, kinds.pop()))
+
+
+def main() -> None:
+    from train import command_line
+
+    command_line(run_command)
+
+
+if __name__ == "__main__":
+    from eval import main  # one copy of this module, the one that train imports
+
+    main()

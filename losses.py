@@ -1,0 +1,116 @@
+"""The losses of Mirror U-Net: Eq. 1-4 of the paper and the brain tumour tasks of the supplement.
+
+Each equation is one function that returns its weighted terms by name; their sum is the loss.
+`w` holds the weights: w.lambda_rec, w.lambda_seg, w.lambda_cls, and w.rec, "l2" or "mse".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirror_unet import Output
+
+
+class Batch(NamedTuple):
+    """Targets of one step: ct, pet (B, 1, W, H, D) untransformed; mask (B, W, H, D) integer;
+    tumor (B,) float, 1 where the crop (or, with --class-label volume, the study) has a lesion."""
+
+    ct: Tensor
+    pet: Tensor
+    mask: Tensor
+    tumor: Tensor
+
+
+def dice_ce(y: Tensor, logits: Tensor, smooth: float = 1e-5) -> Tensor:
+    """L_DiceCE: soft Dice of the foreground classes plus cross-entropy over all, weighted 1:1.
+
+    y (B, W, H, D) integer classes, logits (B, 1 + K, W, H, D). Dice is taken over the whole batch
+    (a crop without lesion has no Dice of its own), with plain, not squared, denominators.
+    """
+    logits, y = logits.float(), y.long()
+    p = logits.softmax(dim=1)[:, 1:]
+    g = F.one_hot(y, logits.shape[1]).movedim(-1, 1)[:, 1:].to(p.dtype)
+    axes = (0, 2, 3, 4)
+    overlap, total = (p * g).sum(axes), p.sum(axes) + g.sum(axes)
+    soft_dice = (2 * overlap + smooth) / (total + smooth)
+    return (1 - soft_dice).mean() + F.cross_entropy(logits, y)
+
+
+def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:
+    """The reconstruction term of Eq. 1 and 2 for x and x_hat (B, 1, W, H, D).
+
+    "l2": ||x - x_hat||_2 of each sample, averaged over the batch. "mse": the released code's mean
+    squared error, which at 96^3 is about a thousand times weaker on the shared layers.
+    """
+    difference = x.float() - x_hat.float()
+    if rec == "mse":
+        return difference.square().mean()
+    return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
+
+
+def loss_v1(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """Eq. 1: λ_rec ||x_C - D_C(E_C(Φ(x_C)))||_2 + λ_seg L_DiceCE(y, D_P(E_P(x_P))).
+
+    For v2-rec of the supplement x_C is FLAIR and y has the classes edema and core.
+    """
+    return {
+        "rec_ct": w.lambda_rec * reconstruction(batch.ct, out.ct_rec, w.rec),
+        "seg": w.lambda_seg * dice_ce(batch.mask, out.seg),
+    }
+
+
+def loss_v2(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """Eq. 2: Eq. 1 + λ_rec ||x_P - D_BTL(E_C(x_C) ⊕ E_P(x_P))||_2.
+
+    As in the released code E_C has seen Φ(x_C), where Eq. 2 prints x_C: one pass serves both terms.
+    """
+    rec_pet = w.lambda_rec * reconstruction(batch.pet, out.pet_rec, w.rec)
+    return loss_v1(out, batch, w) | {"rec_pet": rec_pet}
+
+
+def loss_v3(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """Eq. 3: Eq. 2 + λ_class L_BCE(c, T(E_C(x_C) ⊕ E_P(x_P)))."""
+    bce = F.binary_cross_entropy_with_logits(out.tumor.float(), batch.tumor.float())
+    return loss_v2(out, batch, w) | {"cls": w.lambda_cls * bce}
+
+
+def loss_v4(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """Eq. 4: L_DiceCE(y, (1 - θ) D_P(E_P(x_P)) + θ D_C(E_C(x_C))); the network sums the logits."""
+    return {"seg": dice_ce(batch.mask, out.seg)}
+
+
+def loss_mri_v1(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """Supplement, Fig. 2 (v1): λ_seg DiceCE of edema on FLAIR and of core on T1Gd."""
+    return {
+        "seg_edema": w.lambda_seg * dice_ce(batch.mask == 1, out.ct_seg),
+        "seg_core": w.lambda_seg * dice_ce(batch.mask == 2, out.pet_seg),
+    }
+
+
+def loss_mri_v2(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """Supplement, Fig. 2 (v2): v1 + λ_seg DiceCE of the whole tumour on the bottleneck decoder."""
+    whole = w.lambda_seg * dice_ce(batch.mask > 0, out.btl_seg)
+    return loss_mri_v1(out, batch, w) | {"seg_whole": whole}
+
+
+LOSSES = {
+    "petct": {"v1": loss_v1, "v2": loss_v2, "v3": loss_v3, "v4": loss_v4},
+    "mri": {"v1": loss_mri_v1, "v2": loss_mri_v2, "v2-rec": loss_v2},
+}
+
+
+def gradient_norms(terms: dict[str, Tensor], shared: list[nn.Parameter]) -> dict[str, float]:
+    """L2 norm of each term's gradient on the shared layers: which task shapes them, and how much.
+
+    Keeps the graph for the backward pass that follows. Empty if nothing is shared (L = {}).
+    """
+    norms = {}
+    for name, term in terms.items() if shared else ():
+        grads = torch.autograd.grad(term, shared, retain_graph=True, allow_unused=True)
+        squares = [g.float().square().sum() for g in grads if g is not None]
+        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return norms
