@@ -73,6 +73,11 @@ class BadStudy(Exception):
         self.findings = findings
 
 
+def progress(items, name: str, unit: str, total: int | None = None):
+    """A progress bar on a terminal; none in a log file, where lines of results say enough."""
+    return tqdm(items, name, total, unit=unit, leave=False, disable=None)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator:
     """A binary file that appears at `path` complete or not at all."""
@@ -826,7 +831,7 @@ def run_parallel(todo: list[Study], settings, folders: dict, workers: int) -> li
     try:
         with ProcessPoolExecutor(max(1, workers)) as pool:
             jobs = [pool.submit(fill_cache, s, settings, folders[s.name]) for s in todo]
-            for job in tqdm(as_completed(jobs), "preprocess", len(jobs), unit="study", leave=False):
+            for job in progress(as_completed(jobs), "preprocess", "study", len(jobs)):
                 findings += job.result()
     except BrokenProcessPool:
         raise UserError(

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 from scipy import ndimage, stats
 from torch import Tensor
-from tqdm import tqdm
 
 from data import (
     PREPROCESSING,
@@ -34,6 +33,7 @@ from data import (
     atomic,
     find_studies,
     preprocess,
+    progress,
     read_json,
     to_native,
     write_json,
@@ -275,7 +275,7 @@ def evaluate(model, cases: list[Case], config, device, native: bool = True, bar:
     names = model.variant.classes
     heads = ("seg", "tumor") if model.variant.tumor and native else ("seg",)
     rows = []
-    for case in tqdm(cases, bar, unit="study", leave=False, disable=not bar):
+    for case in progress(cases, bar, "study") if bar else cases:
         margin, tumor = infer(model, case.load("images"), config, device, heads)
         row = {"study": case.name, "patient": case.patient, "has_lesion": case.has_lesion}
         if native:
@@ -438,7 +438,7 @@ def predict(
         )
     settings = replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
     findings, written = list(found.findings), []
-    for study in tqdm(found.studies, "predict", unit="study", leave=False):
+    for study in progress(found.studies, "predict", "study"):
         try:
             arrays, meta = preprocess(replace(study, label=None), settings)
         except BadStudy as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
@@ -58,14 +59,15 @@ def log_epoch(writer, row: dict) -> None:
         writer.flush()
 
 
-def epoch_line(row: dict, first: bool) -> str:
-    """One aligned line per epoch, under a heading before the first."""
+def epoch_line(row: dict, left: float, first: bool) -> str:
+    """One aligned line per epoch, under a heading before the first; left: seconds to the end."""
     terms = [t for t in TERMS if t in row]
     head = f"{'epoch':>5}{'loss':>9}" + "".join(f"{t:>11}" for t in terms)
-    head += f"{'val Dice':>10}{'patches/s':>11}{'wait':>6}"
+    head += f"{'val Dice':>10}{'patches/s':>11}{'wait':>6}{'left':>9}"
     line = f"{row['epoch']:>5}{row['loss']:>9.4f}" + "".join(f"{row[t]:>11.4f}" for t in terms)
     dice = f"{row['val_dice']:.4f}" if "val_dice" in row else ""
     line += f"{dice:>10}{row['patches_per_s']:>11.1f}{row['data_wait']:>6.0%}"
+    line += f"{timedelta(seconds=round(left))!s:>9}"
     return f"{head}\n{line}" if first else line
 
 

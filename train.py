@@ -41,6 +41,7 @@ from data import (
     find_studies,
     make_splits,
     prepare,
+    progress,
     read_json,
     read_splits,
     shuffle_voxels,
@@ -338,7 +339,7 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
     root = Path(config.data or PHANTOM)
     if config.data is None and not root.exists():
         say(f"data       no --data given: writing a simulated PET/CT cohort to {root}")
-        write_phantom(root, progress=lambda x: tqdm(x, "simulate", unit="study", leave=False))
+        write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
     found = find_studies(root)
     config = resolve(config, found.kind, phantom=config.data is None)
     cases = prepare(
@@ -590,7 +591,7 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
     writer = plots.tensorboard(run, start) if ranks.main and start < config.epochs else None
     total = (config.epochs - start) * steps * config.batch_size
     drawn = time.perf_counter()
-    with tqdm(total=total, unit="patch", leave=False, disable=not ranks.main) as bar:
+    with tqdm(total=total, unit="patch", leave=False, disable=None if ranks.main else True) as bar:
         for epoch in range(start, config.epochs):
             row = train_epoch(
                 epoch, net, model, loader, optimizer, scaler, config, device, ranks, bar
@@ -617,7 +618,8 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 resume_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_checkpoint(last, weights | resume_state | {"best_dice": best_dice})
                 plots.log_epoch(writer, row)
-                tqdm.write(plots.epoch_line(row, first=epoch == start))
+                left = row["seconds"] * (config.epochs - epoch - 1)
+                tqdm.write(plots.epoch_line(row, left, first=epoch == start))
                 if time.perf_counter() - drawn > 60:
                     plots.curves(run)
                     drawn = time.perf_counter()
