@@ -198,7 +198,7 @@ def stitch(run, image, patch, overlap, weights, batch, device, home, reads):
         if value_score is not None:
             best = max(best, float(value_score))
 
-    image = torch.from_numpy(np.ascontiguousarray(image))
+    image = torch.from_numpy(np.array(image))  # a copy: a memory map is read-only
     blank = [not image[(list(reads), *box)].any() for box in boxes]
     busy = [box for box, empty in zip(boxes, blank, strict=True) if not empty]
     image = image.to(home)
