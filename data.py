@@ -968,7 +968,7 @@ class Patches(torch.utils.data.Dataset):
         return {
             "image": torch.from_numpy(read_crop(case.load("images"), crop)),
             "mask": torch.from_numpy(mask),
-            "tumor": float(tumor),
+            "tumor": torch.tensor(float(tumor)),
         }
 
 

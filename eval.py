@@ -38,7 +38,7 @@ from data import (
     to_native,
     write_json,
 )
-from mirror_unet import decide, margins
+from mirror_unet import DATA_NAMES, decide, margins
 
 EIGHTEEN = ndimage.generate_binary_structure(3, 2)  # faces and edges join, corners do not
 THRESHOLD = f"SUV ≥ {THRESHOLD_SUV:g} threshold"
@@ -433,8 +433,8 @@ def predict(
     found = find_studies(studies_dir, labelled=False)
     if found.kind != config.kind:
         raise UserError(
-            f"{studies_dir}: holds {found.kind} studies, the run was trained on {config.kind}. "
-            "Choose a run of that kind."
+            f"{studies_dir}: holds {DATA_NAMES[found.kind]} studies, the run was trained on "
+            f"{DATA_NAMES[config.kind]}. Choose a run of that kind."
         )
     settings = replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
     findings, written = list(found.findings), []
@@ -471,6 +471,8 @@ def load_run(run: Path, checkpoint: str, given: dict):
     from train import as_config, build_model, choose_amp, choose_device, load_checkpoint
 
     weights = load_checkpoint(run / f"{checkpoint}.pt")
+    dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
+    weights["val_dice"] = None if math.isnan(dice_then) else dice_then
     config = replace(as_config(read_json(run / "config.json")["config"]), **given)
     device = choose_device(config.device)
     if "amp" not in given:  # the device may be another one than in training
@@ -483,8 +485,11 @@ def load_run(run: Path, checkpoint: str, given: dict):
     return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
 
 
-def evaluate_run(run: Path, args, given: dict) -> tuple[dict, str]:
-    """Evaluate one run on a part of its splits, or on all studies of another --data."""
+def evaluate_run(run: Path, args, given: dict) -> tuple[dict, str, frozenset]:
+    """Evaluate one run on a part of its splits, or on all studies of another --data.
+
+    Returns the summary, the kind of data and the names of the studies.
+    """
     from train import open_data
 
     model, config, device, weights = load_run(run, args.checkpoint, given)
@@ -505,11 +510,12 @@ def evaluate_run(run: Path, args, given: dict) -> tuple[dict, str]:
     facts = {
         "checkpoint_epoch": weights["epoch"],
         "epochs": weights["epoch"] if args.checkpoint == "last" else config.epochs,
-        "val_dice": weights.get("val_dice"),
+        "val_dice": weights["val_dice"],
         "data": config.data,
     }
-    folder = Path(args.out) / run.name if args.out else run
-    return write_results(folder, part, rows, config.kind, facts), config.kind
+    folder = args.out / run.name if args.out else run
+    summary = write_results(folder, part, rows, config.kind, facts)
+    return summary, config.kind, frozenset(row["study"] for row in rows)
 
 
 def run_command(argv: list[str] | None = None) -> None:
@@ -532,17 +538,20 @@ def run_command(argv: list[str] | None = None) -> None:
         for path in predict(model, config, args.predict, args.out, device, config.skip_bad):
             print(path)
         return
-    systems, kinds = {}, set()
+    systems, kinds, studies = {}, set(), set()
     for run in args.runs:
-        summary, kind = evaluate_run(run, args, given)
-        systems |= rows_of(run.name, summary)
+        summary, kind, names = evaluate_run(run, args, given)
+        systems |= rows_of(str(run), summary)
         kinds.add(kind)
+        studies.add(names)
         if len(kinds) > 1:
             raise UserError(f"{run}: its data are of another kind than those of the runs before.")
     threshold = systems.pop(THRESHOLD, None)
-    if threshold:
+    if threshold and len(studies) == 1:  # else it has no one value; each summary.json has its own
         systems[THRESHOLD] = threshold
     print(results_table(systems, kinds.pop()))
+    if len(studies) > 1:
+        print("These runs were tested on different studies: their rows are not comparable.")
 
 
 def main() -> None:

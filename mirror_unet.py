@@ -64,6 +64,10 @@ VARIANTS = {
         "v2-rec": Variant(ct="rec", pet="edema+core", btl="rec", phi=True),
     },
 }
+NOT_FOR_MRI = {
+    "v3": "every patient there has a tumour, so there is nothing to classify, Sec. 3.3",
+    "v4": "its branches segment two classes, so there are no logits to sum",
+}
 DATA_NAMES = {"petct": "PET/CT", "mri": "brain tumour MRI"}
 
 
@@ -72,9 +76,9 @@ def variant_of(kind: str, version: str) -> Variant:
     if kind not in VARIANTS:
         raise ValueError(f"unknown kind of data {kind!r}: choose from {', '.join(VARIANTS)}")
     if version not in VARIANTS[kind]:
-        why = " (every patient there has a tumour, so v3 has nothing to classify)"
+        why = f" ({NOT_FOR_MRI[version]})" if version in NOT_FOR_MRI and kind == "mri" else ""
         raise ValueError(
-            f"{version} is not defined for {DATA_NAMES[kind]}{why if kind == 'mri' else ''}: "
+            f"{version} is not defined for {DATA_NAMES[kind]}{why}: "
             f"choose from {', '.join(VARIANTS[kind])}"
         )
     return VARIANTS[kind][version]

@@ -120,6 +120,8 @@ def all_outputs(model, image: np.ndarray, config, device) -> dict[str, np.ndarra
         with evaluation.autocast(device, config.amp):
             out = model(windows[:, :1], windows[:, 1:])
         maps = {"margin": margins(out.seg)}
+        if model.variant.fused:  # the θ-combination, last column of Fig. 7
+            maps["fused"] = out.seg.float().softmax(1)[:, 1:]
         for name in ("ct_rec", "pet_rec"):
             maps[name] = getattr(out, name)
         for name in ("ct_seg", "pet_seg", "btl_seg"):
@@ -207,6 +209,7 @@ def example_row(model, case: Case, config, device) -> dict[str, dict]:
         "pet_seg": (f"{pet_name.split()[0]} branch: p({'lesion' if petct else 'core'})", heat),
         "pet_rec": (f"bottleneck: {pet_name.split()[0]}", pet_style),
         "btl_seg": ("bottleneck: p(whole)", heat),
+        "fused": (f"fused, θ = {model.theta.item():.2f}: p(lesion)", heat),
     }
     for name, (title, style) in titles.items():
         if name in out:

@@ -49,7 +49,7 @@ from data import (
     write_phantom,
 )
 from losses import LOSSES, Batch, gradient_norms
-from mirror_unet import STRIDE, MirrorUNet, count_parameters, variant_of
+from mirror_unet import DATA_NAMES, STRIDE, MirrorUNet, count_parameters, variant_of
 
 
 def option(default=None, help="", **more):
@@ -162,6 +162,11 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
         variant = variant_of(kind, config.version)
     except ValueError as error:
         raise UserError(f"--version: {error}") from None
+    if config.kind not in (None, kind):
+        raise UserError(
+            f"--data: holds {DATA_NAMES[kind]} studies, the run was made for "
+            f"{DATA_NAMES[config.kind]}. Give data of that kind."
+        )
     table = DEFAULTS["phantom" if phantom else kind]
     values = {k: v for k, v in table.items() if getattr(config, k) is None} | {"kind": kind}
     applies = {
@@ -266,7 +271,7 @@ def choose_amp(config: Config, device: torch.device) -> Config:
         # torch 2.13 leaves the weight gradient of a bf16 conv3d over 2x2x2 maps unset
         raise UserError(
             f"--amp bf16 with --patch {config.patch} on the CPU: torch computes wrong gradients "
-            f"for sides below {3 * STRIDE}. Use --amp none, which is as fast there."
+            f"for sides below {3 * STRIDE}. Use --amp none."
         )
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU. Use --amp none on the CPU.")
@@ -516,7 +521,7 @@ def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ra
     row = {"epoch": epoch + 1, "lr": lr, "loss": sum(means.values()), **means}
     row |= {f"grad_{name}": norm for name, norm in norms.items()}
     if config.theta is not None:
-        row["theta"] = float(model.theta)
+        row["theta"] = model.theta.item()
     return row | {
         "patches_per_s": seen / seconds,
         "data_wait": waited / seconds,
@@ -684,7 +689,7 @@ def test(run: Path, config: Config, model: MirrorUNet, cases, device, ranks: Ran
         facts = {
             "checkpoint_epoch": best["epoch"],
             "epochs": config.epochs,
-            "val_dice": best["val_dice"],
+            "val_dice": None if math.isnan(best["val_dice"]) else best["val_dice"],
         }
         summary = evaluation.write_results(run, "test", rows, config.kind, facts)
         say(f"\ntest       best.pt of epoch {best['epoch']}, {len(rows)} studies\n")
