@@ -254,7 +254,7 @@ def find_classes(path: Path, kind: str, labels: dict) -> tuple[tuple[int, int], 
 
 def patient_of(case: str) -> str | None:
     """Patient in names like fdg_<id>_<date> (autoPET III), PETCT_<id>_...; None if not told."""
-    match = re.match(r"(?:fdg|psma|PETCT)_[0-9a-f]{10}", case, re.IGNORECASE)
+    match = re.match(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", case, re.IGNORECASE)
     return match.group(0) if match else None
 
 

@@ -14,6 +14,7 @@ size and what came up. Sides of a patch must divide by 16.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -223,7 +224,11 @@ class MirrorUNet(nn.Module):
                 raise ValueError(f"{name} {value!r}: choose from {', '.join(allowed)}")
         if not set(shared) <= set(range(1, 9)):
             raise ValueError(f"shared layers {sorted(shared)}: L is a subset of 1..8 (Sec. 3.2)")
-        if theta != "learn" and not 0 <= float(theta) <= 1:
+        try:
+            start = 0.5 if theta == "learn" else float(theta)
+        except (TypeError, ValueError):
+            start = math.nan
+        if not 0 <= start <= 1:
             raise ValueError(f"theta {theta}: a number in [0, 1] or 'learn' (Eq. 4)")
         self.variant = variant_of(kind, version)
         self.classifier_sees_ct = classifier == "both"
@@ -246,7 +251,6 @@ class MirrorUNet(nn.Module):
         self.classifier = Classifier(seen) if self.variant.tumor else None
         # Registered in every version, as in the released code, so that parameter counts agree.
         learned = theta == "learn" and self.variant.fused
-        start = 0.5 if theta == "learn" else float(theta)
         self.theta = nn.Parameter(torch.tensor(start), requires_grad=learned)
 
     @property
@@ -273,14 +277,18 @@ class MirrorUNet(nn.Module):
         """Run the network on ct and pet, each (B, 1, W, H, D); FLAIR and T1Gd for MRI.
 
         heads: the fields of Output to compute, all by default; what they do not need is not run.
-        Raises ValueError if a side of the patch does not divide by 16 or the shapes differ.
+        Raises ValueError for a head that the version lacks, a side of the patch that does not
+        divide by 16, or shapes that differ.
         """
-        if ct.shape != pet.shape or any(side % STRIDE for side in ct.shape[2:]):
+        fits = ct.dim() == 5 and ct.shape[1] == 1 and not any(n % STRIDE for n in ct.shape[2:])
+        if ct.shape != pet.shape or not fits:
             raise ValueError(
                 f"CT {tuple(ct.shape)} and PET {tuple(pet.shape)}: give both the same shape, "
                 f"(B, 1, W, H, D) with sides that divide by {STRIDE}"
             )
         v, want = self.variant, set(self.heads if heads is None else heads)
+        if absent := want - set(self.heads):
+            raise ValueError(f"heads {sorted(absent)}: this version has {', '.join(self.heads)}")
         run_ct = bool(want & {"ct_rec", "ct_seg"}) or ("seg" in want and v.ct != "rec")
         run_pet = bool(want & {"seg", "pet_seg"})
         run_btl = self.btl_decoder is not None and bool(want & {"pet_rec", "btl_seg"})

@@ -304,12 +304,18 @@ class Ranks:
         dist.all_gather_object(parts, rows)
         return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
     def average_buffers(self, model: nn.Module) -> None:
         """Give every rank the mean of the batch norms' running statistics."""
-        for buffer in model.buffers() if self.world > 1 else ():
+        for buffer in model.buffers():
             if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world
+                self.mean(buffer)
 
     def first(self, action: Callable):
         """The result of `action` on rank 0, sent to every rank."""
@@ -404,9 +410,10 @@ def only_writer(run: Path):
 
 
 def plain(config: Config, weights_only: bool = False) -> dict:
-    """The config in plain types; weights_only leaves out what only a launch decides (LAUNCH)."""
+    """The config in plain types; weights_only leaves out all that a launch decides (LAUNCH)."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    return {k: v for k, v in values.items() if not (weights_only and k in LAUNCH)}
+    left_out = LAUNCH if weights_only else {"resume", "check"}
+    return {k: v for k, v in values.items() if k not in left_out}
 
 
 def as_config(saved: dict) -> Config:
@@ -421,12 +428,17 @@ def as_config(saved: dict) -> Config:
 
 def about() -> dict:
     """Versions and the git commit that made a run."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:  # git is not installed
+            return ""
+
+    changed = "+changes" if git("status", "--porcelain", "-uno") else ""
     return {
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": git("rev-parse", "HEAD") + changed,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
@@ -516,7 +528,7 @@ def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ra
         seen += len(ct) * ranks.world
         bar.update(len(ct) * ranks.world)
         waiting = time.perf_counter()
-    means = dict(zip(terms, (sums / (step + 1)).tolist(), strict=True))  # waits for the device
+    means = dict(zip(terms, ranks.mean(sums / (step + 1)).tolist(), strict=True))  # waits here
     seconds = time.perf_counter() - started
     row = {"epoch": epoch + 1, "lr": lr, "loss": sum(means.values()), **means}
     row |= {f"grad_{name}": norm for name, norm in norms.items()}
