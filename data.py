@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,7 @@ nib.imageglobals.logger.setLevel("CRITICAL")  # bad headers are reported by our 
 CACHE_FORMAT = 1  # raise it when the content of the cache changes
 GEOMETRY_TOLERANCE_MM = 0.5  # how far corners of images of one study may lie apart
 BODY_SUV = 0.2  # the body is the box of voxels above it; air is below, skin and fat above
+IMPOSSIBLE_SUV = 5000.0  # even a full bladder or an injection site stays far below
 THRESHOLD_SUV = 4.0  # the row "SUV ≥ 4 threshold" of the evaluation
 PHANTOM = Path("data/phantom")
 
@@ -180,7 +182,7 @@ def folders_below(root: Path) -> Iterator[Path]:
             names.clear()
             continue
         seen.add(real)
-        names.sort()
+        names[:] = sorted(n for n in names if not n.startswith(".") and n != "__MACOSX")
         yield Path(path)
 
 
@@ -190,7 +192,7 @@ def find_tcia(root: Path, labelled: bool) -> Found:
     for folder in folders_below(root):
         ct, pet, seg = (nifti(folder, stem) for stem in ("CTres", "SUV", "SEG"))
         is_study = ct.exists() or pet.exists() or seg.exists()
-        if not is_study and not folder.parent.name.startswith("PETCT_"):
+        if not is_study and not re.fullmatch(r"PETCT_[0-9a-f]{10}", folder.parent.name):
             continue
         real = folder.resolve()
         name = f"{real.parent.name}/{real.name}"
@@ -226,6 +228,8 @@ def find_tcia(root: Path, labelled: bool) -> Found:
 
 def find_channels(path: Path, names: dict[str, str]) -> tuple[str, dict[str, int]]:
     """Kind of data and the channel of each slot, by the names in dataset.json."""
+    if not all(str(i).isdecimal() for i in names):
+        raise UserError(f'{path}: channels {names}. Expected numbers with names, as {{"0": "CT"}}.')
     plain = {int(i): re.sub(r"[^a-z0-9]", "", str(name).lower()) for i, name in names.items()}
     for kind, slots in CHANNEL_NAMES.items():
         hits = {slot: [i for i, n in plain.items() if n in ok] for slot, ok in slots.items()}
@@ -239,10 +243,10 @@ def find_channels(path: Path, names: dict[str, str]) -> tuple[str, dict[str, int
 
 def find_classes(path: Path, kind: str, labels: dict) -> tuple[tuple[int, int], ...]:
     """Value in the label file -> our class, from `labels` of dataset.json in either direction."""
-    values = {
-        int(k if str(k).isdigit() else v): str(v if str(k).isdigit() else k).lower()
-        for k, v in labels.items()
-    }
+    pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()]
+    if not all(str(value).isdecimal() for value, _ in pairs):
+        raise UserError(f"{path}: labels {labels}. Expected one whole number for each name.")
+    values = {int(value): str(name).lower() for value, name in pairs}
     if kind == "petct":
         if set(values) != {0, 1}:
             raise UserError(f"{path}: labels {values}. Expected background 0 and tumour 1 only.")
@@ -262,9 +266,12 @@ def find_dataset_json(root: Path, images: Path | None, labelled: bool) -> Found:
     """nnU-Net raw (one 3D file a channel) or Decathlon (one 4D file a case), by dataset.json."""
     path = root / "dataset.json"
     dataset = read_json(path)
+    dataset = dataset if isinstance(dataset, dict) else {}
     names = dataset.get("channel_names") or dataset.get("modality")
-    if not names or not dataset.get("labels"):
-        raise UserError(f"{path}: no channel_names (or modality) and labels. Add them.")
+    if not all(isinstance(part, dict) and part for part in (names, dataset.get("labels"))):
+        raise UserError(
+            f"{path}: no channel_names (or modality) and labels, each an object. Add them."
+        )
     kind, channel = find_channels(path, names)
     classes = find_classes(path, kind, dataset["labels"])
     if images is None:
@@ -275,7 +282,8 @@ def find_dataset_json(root: Path, images: Path | None, labelled: bool) -> Found:
         raise UserError(f"{images}: no such folder. The images of {path} belong there.")
     labels = root / "labelsTr" if images.name != "imagesTs" else root / "labelsTs"
     files = list(nifti_files(images))
-    if any(re.search(r"_\d{4}$", stem_of(f)) for f in files):
+    listed = {stem_of(file) for _, (file,) in msd_rows(root, images, dataset, [])}
+    if any(re.search(r"_\d{4}$", stem_of(f)) and stem_of(f) not in listed for f in files):
         layout, rows = "nnU-Net raw", nnunet_rows(images, files, channel)
     else:
         layout, rows = "Medical Segmentation Decathlon", msd_rows(root, images, dataset, files)
@@ -300,6 +308,16 @@ def find_dataset_json(root: Path, images: Path | None, labelled: bool) -> Found:
                 Study(case, patient, kind, sources["ct"], sources["pet"], label, classes)
             )
         seen.add(case)
+    if labelled and layout == "nnU-Net raw" and labels.is_dir():
+        findings += [
+            Finding(
+                str(images / f"{stem_of(f)}_*.nii.gz"),
+                "missing file",
+                f"Copy it there, or take {f.name} out",
+            )
+            for f in nifti_files(labels)
+            if stem_of(f) not in seen
+        ]
     if not studies and not findings:
         raise UserError(f"{images}: no .nii.gz images found. Copy them there.")
     known = layout.startswith("Medical") or all(patient_of(s.name) for s in studies)
@@ -331,9 +349,10 @@ def nnunet_rows(images: Path, files: list[Path], channel: dict[str, int]) -> lis
 
 def msd_rows(root: Path, images: Path, dataset: dict, files: list[Path]) -> list:
     """(case, [file]) per entry of dataset.json, or per file where it lists none."""
-    listed = [entry["image"] for entry in dataset.get("training", [])]
+    entries = dataset.get("training") or []
+    listed = [str(e.get("image", "")) if isinstance(e, dict) else str(e) for e in entries]
     if images.name == "imagesTr" and listed:
-        files = [images / Path(entry).name for entry in listed]
+        files = [nifti(images, stem_of(Path(entry))) for entry in listed]
     return [(stem_of(file), [file]) for file in files]
 
 
@@ -381,6 +400,9 @@ def read_nifti(path: Path, dimensions: int) -> Volume:
             raise ValueError("no NIfTI magic")
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         spacing, affine = np.array(header["pixdim"][1:4]), header.get_best_affine()
+        (slope, intercept), offset = header.get_slope_inter(), int(header["vox_offset"])
+        if not kind.sizeof_hdr <= offset <= len(raw):
+            raise ValueError(f"its data begin at byte {offset}")
     except Exception as error:  # any failure of the parser means the same to the user
         raise bad(f"not a NIfTI file ({error})", again) from None
     while len(shape) > dimensions and shape[-1] == 1:  # (W, H, D, 1) is a 3D image
@@ -394,13 +416,15 @@ def read_nifti(path: Path, dimensions: int) -> Volume:
         raise bad(
             f"spacing {spacing.tolist()} mm is not above zero", "Correct pixdim in its header"
         )
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-12:
         raise bad("the affine is not invertible", "Correct sform and qform in its header")
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    if steps.min() < 0.01 or steps.max() > 100:
+        raise bad(f"spacing {steps.tolist()} is not that of a scan in mm", "Correct its header")
     try:
-        data = np.ndarray(shape, dtype, raw, int(header["vox_offset"]), order="F")
+        data = np.ndarray(shape, dtype, raw, offset, order="F")
     except (TypeError, ValueError):
         raise bad("shorter than its header says", again) from None
-    slope, intercept = header.get_slope_inter()
     if (slope not in (None, 1)) or (intercept not in (None, 0)):
         data = data * np.float32(slope) + np.float32(intercept)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
@@ -538,7 +562,7 @@ def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
     The count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels.
     """
     counts = [
-        round((n - 1) * s / t) + 1 for n, s, t in zip(shape, spacing, new_spacing, strict=True)
+        round((n - 1) * s / t + 1) for n, s, t in zip(shape, spacing, new_spacing, strict=True)
     ]
     return [np.arange(c) * (t / s) for c, s, t in zip(counts, spacing, new_spacing, strict=True)]
 
@@ -576,6 +600,10 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
     turned_affine = affine @ orientations.inv_ornt_aff(to_axes, shape)
     spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
     if settings.kind == "petct":
+        if (highest := float(pet.data.max())) > IMPOSSIBLE_SUV:
+            found = f"values up to {highest:.6g} are not SUV in g/ml (Bq/ml?)"
+            remedy = "Convert it to SUV by body weight first"
+            raise BadStudy([Finding(str(study.pet.path), found, remedy)])
         body = turn(pet.data) > settings.body_suv
         remedy = f"SUV in g/ml exceed {settings.body_suv} in a body; give SUV, not Bq/ml or zeros"
     else:
@@ -588,7 +616,9 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
     crop = tuple(slice(*b) for b in box)
     positions = grid_positions([b[1] - b[0] for b in box], spacing, settings.spacing)
 
-    digest = hashlib.blake2b(np.ascontiguousarray(pet.data.T), digest_size=16).hexdigest()
+    plain = np.ascontiguousarray(turn(pet.data), np.float32)  # however the file stores it
+    digest = hashlib.blake2b(plain, digest_size=16).hexdigest()
+    del plain
     arrays = {}
     if "label" in volumes:
         label = volumes["label"].data
@@ -703,11 +733,17 @@ class Case:
         return full.reshape(self.meta["native_shape"], order="F")
 
 
-def stamps(study: Study) -> dict[str, list[int]]:
-    """Size and time of each file of a study: what a later start looks at instead of reading."""
-    paths = {study.ct.path, study.pet.path, *([study.label] if study.label else [])}
-    found = {str(path): path.stat() for path in sorted(paths)}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+def stamps(study: Study) -> dict[str, list]:
+    """What a study is made of: name, channel, size and time of the file of each slot, and the
+    classes. A later start compares it instead of reading."""
+    slots = {"ct": study.ct, "pet": study.pet}
+    if study.label:
+        slots["label"] = Source(study.label)
+    found = {slot: (source, source.path.stat()) for slot, source in slots.items()}
+    return {
+        slot: [source.path.name, source.channel, stat.st_size, stat.st_mtime_ns]
+        for slot, (source, stat) in found.items()
+    } | {"classes": [list(pair) for pair in study.classes]}
 
 
 def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
@@ -750,13 +786,18 @@ def fill_cache(study: Study, settings: Preprocessing, folder: Path) -> list[Find
                 raise
         return []
     except BadStudy as error:
+        shutil.rmtree(folder, ignore_errors=True)  # a version that an earlier check passed
         return error.findings
     except OSError as error:
-        found = f"cannot be written ({error.strerror})"
-        return [Finding(str(folder), found, "Free some space, or choose another --cache")]
+        found = f"cannot be read or written ({error.strerror})"
+        remedy = "Check the disk's space and permissions, or choose another --cache"
+        return [Finding(str(error.filename or folder), found, remedy)]
     except MemoryError:
         found = "not enough memory to read it"
         return [Finding(str(study.pet.path), found, "Use fewer --workers or a larger machine")]
+    except Exception as error:  # the others shall still be checked
+        found = f"cannot be preprocessed ({type(error).__name__}: {error})"
+        return [Finding(str(study.pet.path), found, "Look at the file; if it is fine, report this")]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -793,7 +834,15 @@ def prepare(
     findings = list(found.findings)
     if todo:
         size = sum(most_bytes(study, settings) for study in todo)
-        base.mkdir(parents=True, exist_ok=True)
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{base}: cannot be written ({error.strerror}). Choose another --cache."
+            ) from None
+        for leftover in base.glob(".*.tmp"):  # of a process killed long ago
+            if time.time() - leftover.stat().st_mtime > 86400:
+                shutil.rmtree(leftover, ignore_errors=True)
         free = shutil.disk_usage(base).free
         say(
             f"cache      {base}: {len(todo)} of {len(cases)} studies to read, at most "
@@ -887,6 +936,11 @@ def read_splits(path: Path, cases: list[Case]) -> dict[str, list[str]]:
     splits = read_json(path)
     if not isinstance(splits, dict) or set(splits) != {"train", "val", "test"}:
         raise UserError(f"{path}: expected the keys train, val and test, each a list of studies.")
+    for part, names in splits.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: {part} is not a list of studies. Correct it.")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{path}: {twice[0]} is in {part} twice. Take one out.")
     patients = {case.name: case.patient for case in cases}
     unknown = sorted({n for names in splits.values() for n in names} - patients.keys())
     if unknown:
