@@ -20,7 +20,7 @@ from mirror_unet import margins
 
 # Okabe and Ito's palette, told apart by colour-blind readers
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TRUTH, PREDICTION = COLORS[2], COLORS[1]
+OUTLINES = {"truth": COLORS[2], "prediction": COLORS[1], "edema": COLORS[4], "core": COLORS[5]}
 TERMS = ("rec_ct", "rec_pet", "seg", "seg_edema", "seg_core", "seg_whole", "cls")
 
 # ------------------------------------------------------------------ records
@@ -153,7 +153,7 @@ def examples(path: Path, model, cases: list[Case], config, device, most: int = 4
     high = max(next(iter(r.values()))["image"].shape[0] for r in rows)
     wide = max(next(iter(r.values()))["image"].shape[1] for r in rows)
     ratio = min(max(high / wide, 0.6), 2.2)
-    size = (1.7 * len(titles), 1.7 * ratio * len(rows) + 0.5)
+    size = (1.5 * len(titles), 1.5 * ratio * len(rows) + 0.75)
     figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False)
     for i, row in enumerate(rows):
         for j, title in enumerate(titles):
@@ -161,12 +161,13 @@ def examples(path: Path, model, cases: list[Case], config, device, most: int = 4
             if i == 0:
                 axes[i][j].set_title(title, fontsize=8)
         axes[i][0].set_ylabel(chosen[i].name.split("/")[0], fontsize=6)
-    figure.legend(
-        handles=[Line2D([], [], color=TRUTH, label="truth"),
-                 Line2D([], [], color=PREDICTION, label="prediction")],
-        loc="lower center", ncols=2, fontsize=8, frameon=False,
-    )  # fmt: skip
-    figure.subplots_adjust(left=0.03, right=0.995, top=0.93, bottom=0.06, wspace=0.04, hspace=0.04)
+    drawn = {name for row in rows for panel in row.values() for name in panel["lines"]}
+    lines = [Line2D([], [], color=OUTLINES[name], label=name) for name in OUTLINES if name in drawn]
+    figure.legend(handles=lines, loc="lower center", ncols=2, fontsize=8, frameon=False)
+    top, bottom = 0.45 / size[1], 0.3 / size[1]  # room for the titles and the legend
+    figure.subplots_adjust(
+        left=0.02, right=0.995, top=1 - top, bottom=bottom, wspace=0.04, hspace=0.04
+    )
     save(figure, path)
 
 
@@ -188,7 +189,13 @@ def example_row(model, case: Case, config, device) -> dict[str, dict]:
     aspect = (
         config.spacing[2] / config.spacing[0] if petct else config.spacing[1] / config.spacing[0]
     )
-    masks = {"truth": cut(truth > 0), "prediction": cut(bits > 0)}
+    names = model.variant.classes
+
+    def outlines(classes, whole):
+        if petct:
+            return {whole: cut(classes > 0)}
+        masks = evaluation.named_masks(classes, names)
+        return {name: cut(masks[name]) for name in names}
 
     def panel(volume, cmap="gray", span=(None, None), **outlined):
         return {
@@ -218,8 +225,8 @@ def example_row(model, case: Case, config, device) -> dict[str, dict]:
     if petct:
         hot = image[1] * 15 >= 4
         panels["SUV ≥ 4"] = panel(**base, prediction=cut(hot))
-    panels["prediction"] = panel(**base, prediction=masks["prediction"])
-    panels["truth"] = panel(**base, truth=masks["truth"])
+    panels["prediction"] = panel(**base, **outlines(bits, "prediction"))
+    panels["truth"] = panel(**base, **outlines(truth, "truth"))
     return panels
 
 
@@ -227,8 +234,7 @@ def draw_panel(axis, image, cmap, span, aspect, lines) -> None:
     axis.imshow(image, cmap=cmap, vmin=span[0], vmax=span[1], aspect=aspect)
     for name, mask in lines.items():
         if mask.any():
-            color = TRUTH if name == "truth" else PREDICTION
-            axis.contour(mask, levels=[0.5], colors=[color], linewidths=1.0)
+            axis.contour(mask, levels=[0.5], colors=[OUTLINES[name]], linewidths=1.0)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
