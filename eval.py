@@ -468,12 +468,20 @@ EVAL_OPTIONS = (
 
 def load_run(run: Path, checkpoint: str, given: dict):
     """Model, config and device of a trained run, with the options `given` on the command line."""
-    from train import as_config, build_model, choose_amp, choose_device, load_checkpoint
+    from train import (
+        build_model,
+        check_numbers,
+        choose_amp,
+        choose_device,
+        load_checkpoint,
+        saved_config,
+    )
 
     weights = load_checkpoint(run / f"{checkpoint}.pt")
     dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
     weights["val_dice"] = None if math.isnan(dice_then) else dice_then
-    config = replace(as_config(read_json(run / "config.json")["config"]), **given)
+    config = replace(saved_config(run), **given)
+    check_numbers(config)
     device = choose_device(config.device)
     if "amp" not in given:  # the device may be another one than in training
         config = replace(config, amp="auto")
@@ -481,7 +489,12 @@ def load_run(run: Path, checkpoint: str, given: dict):
     if config.threads:
         torch.set_num_threads(config.threads)
     model = build_model(config)
-    model.load_state_dict(weights["model"])
+    try:
+        model.load_state_dict(weights["model"])
+    except RuntimeError:
+        raise UserError(
+            f"{run / checkpoint}.pt: its network is not that of config.json. Do not mix runs."
+        ) from None
     return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
 
 
@@ -538,6 +551,8 @@ def run_command(argv: list[str] | None = None) -> None:
         for path in predict(model, config, args.predict, args.out, device, config.skip_bad):
             print(path)
         return
+    if args.out and len({run.name for run in args.runs}) < len(args.runs):
+        raise UserError("--out: two runs have one name and would overwrite each other there.")
     systems, kinds, studies = {}, set(), set()
     for run in args.runs:
         summary, kind, names = evaluate_run(run, args, given)

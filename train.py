@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -146,8 +147,8 @@ DEFAULTS = {
     "mri": dict(epochs=400, batch_size=4, crops=1, patch=(224, 224, 144), spacing=(1.0, 1.0, 1.0),
                 lr_drop=250, val_every=5, folds=5),
     # A quick look on two CPU cores, not the paper's recipe.
-    "phantom": dict(epochs=12, batch_size=2, crops=4, patch=(48, 48, 48), spacing=(5.0, 5.0, 6.0),
-                    lr_drop=9, val_every=2, folds=3),
+    "phantom": dict(epochs=10, batch_size=2, crops=4, patch=(48, 48, 48), spacing=(5.0, 5.0, 6.0),
+                    lr_drop=8, val_every=2, folds=3),
 }  # fmt: skip
 
 # What a launch decides and the weights do not depend on. All the rest must stay the same when a run
@@ -190,7 +191,7 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
     config = replace(config, **values)
     for name in ("patch", "spacing"):
         value = getattr(config, name)
-        if len(value) not in (1, 3) or min(value) <= 0:
+        if len(value) not in (1, 3) or not all(0 < side < math.inf for side in value):
             raise UserError(f"--{name} {value}: give one or three numbers above zero.")
         config = replace(config, **{name: tuple(value) * (3 // len(value))})
     if any(side % STRIDE for side in config.patch):
@@ -205,12 +206,21 @@ def check_numbers(config: Config) -> Config:
     if not set(config.shared) <= set(range(1, 9)):
         raise UserError(f"--shared {sorted(config.shared)}: L is a subset of 1 to 8 (Sec. 3.2).")
     config = replace(config, shared=tuple(sorted(set(config.shared))))
+    for f in fields(config):  # the command line checks choices, a caller of train() does not
+        if "choices" in f.metadata and getattr(config, f.name) not in f.metadata["choices"]:
+            flag = f"--{f.name.replace('_', '-')}"
+            raise UserError(f"{flag} {getattr(config, f.name)}: one of {f.metadata['choices']}.")
+    for name in ("lr", "weight_decay", "noise_sigma", "lambda_rec", "lambda_seg", "lambda_cls"):
+        if not 0 <= (getattr(config, name) or 0) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 0.")
     least = dict(epochs=1, batch_size=1, crops=1, val_every=1, lr_drop=0, workers=0, threads=0,
-                 window_batch=1, shuffle_edge=1, shuffle_count=0, seed=0)  # fmt: skip
+                 window_batch=1, shuffle_edge=1, shuffle_count=0, seed=0, split_seed=0)  # fmt: skip
     for name, low in least.items():
         if getattr(config, name) < low:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(config, name)}: the least is {low}.")
+    if max(config.seed, config.split_seed) >= 2**63:
+        raise UserError("--seed and --split-seed: below 2^63.")
     if config.steps is not None and config.steps < 1:
         raise UserError(f"--steps {config.steps}: the least is 1.")
     if not 0 <= config.overlap < 1:
@@ -369,11 +379,11 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
     return config, cases
 
 
-def choose_splits(config: Config, cases: list[Case], run: Path) -> dict[str, list[str]]:
-    """The run's own splits if it has any, else those of --splits, else folds by patient."""
-    kept = run / "splits.json"
-    if kept.exists() or config.splits:
-        return read_splits(kept if kept.exists() else Path(config.splits), cases)
+def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[str, list[str]]:
+    """The splits of the run that goes on, if any, else those of --splits, else folds by patient."""
+    given = run / "splits.json" if run else config.splits
+    if given:
+        return read_splits(Path(given), cases)
     return make_splits(cases, config.folds, config.fold, config.split_seed)
 
 
@@ -401,7 +411,8 @@ def only_writer(run: Path):
             else:
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # not flock: workers would inherit it and outlive a killed run by seconds
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
                 f"{run}: another process is writing this run. Wait for it, or use another --out."
@@ -424,6 +435,14 @@ def as_config(saved: dict) -> Config:
             f"saved options {unknown} are unknown here: use the code that made the run."
         )
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def saved_config(run: Path) -> Config:
+    """The config of a run folder. Raises UserError if it is missing or not one of ours."""
+    saved = read_json(run / "config.json")
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{run / 'config.json'}: holds no config. Restore it, or train anew.")
+    return as_config(saved["config"])
 
 
 def about() -> dict:
@@ -449,7 +468,13 @@ def about() -> dict:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of plain types and tensors. Raises UserError if it is missing or damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:  # torch.load does not test the checksums
+            if file.testzip():
+                raise ValueError("its checksum is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"model", "epoch"} <= content.keys():
+            raise ValueError("it holds no network")
+        return content
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint. Train the run first.") from None
     except Exception as error:
@@ -459,7 +484,17 @@ def load_checkpoint(path: Path) -> dict:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     with atomic(path) as file:
-        torch.save(content, file)
+        torch.save(canonical(content), file)
+
+
+def canonical(content):
+    """The same content whose bytes do not tell a resumed run from one that was never stopped:
+    pickle writes equal strings shorter if they are one object, so make them one."""
+    if isinstance(content, dict):
+        return {canonical(key): canonical(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [canonical(value) for value in content]
+    return sys.intern(content) if isinstance(content, str) else content
 
 
 def step_seed(*numbers: int) -> int:
@@ -569,7 +604,7 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
     """train() once the data are open and the run folder is ours."""
     last, best = run / "last.pt", run / "best.pt"
     saved = ranks.first(lambda: start_run(run, config))
-    splits = ranks.first(lambda: choose_splits(config, cases, run))
+    splits = ranks.first(lambda: choose_splits(config, cases, run if saved else None))
     by_name = {case.name: case for case in cases}
     parts = {part: [by_name[name] for name in names] for part, names in splits.items()}
 
@@ -736,9 +771,8 @@ def parse(argv: list[str] | None = None) -> Config:
     if given.get("resume"):
         if "out" not in given:
             raise UserError("--resume: say which run with --out RUN_FOLDER.")
-        saved = Path(given["out"]) / "config.json"
-        if saved.exists():
-            base = as_config(read_json(saved)["config"])
+        if (Path(given["out"]) / "config.json").exists():
+            base = saved_config(Path(given["out"]))
     return replace(base, **given)
 
 

@@ -329,26 +329,36 @@ CONFIG = replace(
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("version", ["v1", "v3"])
-def test_windows_without_pet_are_skipped_only_where_ct_has_no_say(version):
-    """The mask does not see CT at inference (Eq. 1), T does (Eq. 3)."""
+@pytest.mark.parametrize(
+    "version, bottleneck, heads",
+    [
+        ("v1", "own", ("seg",)),  # the mask does not see CT (Eq. 1)
+        ("v2", "joint", ("seg",)),
+        ("v4", "own", ("seg",)),
+        ("v3", "own", ("seg", "tumor")),  # T sees CT (Eq. 3)
+    ],
+)
+@pytest.mark.parametrize("pet", [0, 1])
+def test_windows_without_pet_still_see_their_ct(version, bottleneck, heads, pet):
+    """The 8 windows of 16^3 side by side, most or all of them without PET, each on its own."""
     torch.manual_seed(0)
-    model, image = MirrorUNet(version).eval(), half_empty()
-    margin, none = evaluation.infer(model, image, CONFIG, CPU)
-    other = image.copy()
-    other[0] = 0
-    assert np.allclose(margin, evaluation.infer(model, other, CONFIG, CPU)[0], atol=1e-5)
-    full, _ = evaluation.infer(model, image, replace(CONFIG, bottleneck="joint"), CPU)
-    assert np.allclose(margin, full, atol=1e-5) and math.isnan(none)
-    if version == "v3":
-        same, tumor = evaluation.infer(model, image, CONFIG, CPU, ("seg", "tumor"))
-        scores = []
-        for corner in itertools.product((0, 12, 16), repeat=3):
-            window = torch.from_numpy(image)[(slice(None), *(slice(c, c + 16) for c in corner))]
-            with torch.no_grad():
-                scores.append(model(window[None, :1], window[None, 1:]).tumor.sigmoid().item())
-        assert tumor == pytest.approx(max(scores), abs=1e-6)
-        assert np.allclose(margin, same, atol=1e-5)
+    model = MirrorUNet(version, bottleneck=bottleneck).eval()
+    image = half_empty()
+    image[0, 16:] *= -1
+    image[1] *= pet
+    config = replace(CONFIG, bottleneck=bottleneck, overlap=0.0)
+    scores, ran = [], []
+    with model.register_forward_pre_hook(lambda _, given: ran.append(len(given[0]))):
+        margin, tumor = evaluation.infer(model, image, config, CPU, heads)
+    assert sum(ran) == (1 + 4 * pet if version == "v1" else 8)
+    for corner in itertools.product((0, 16), repeat=3):
+        box = (slice(None), *(slice(c, c + 16) for c in corner))
+        window = torch.from_numpy(image[box])[None]
+        with torch.no_grad():
+            out = model(window[:, :1], window[:, 1:])
+        assert np.allclose(margin[box], (out.seg[:, 1:] - out.seg[:, :1])[0], atol=1e-5)
+        scores.append(out.tumor.sigmoid().item() if "tumor" in heads else math.nan)
+    assert tumor == pytest.approx(max(scores), abs=1e-6, nan_ok=True)
 
 
 # ------------------------------------------------------------------ the grid of the files

@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def base(tmp_path_factory):
     return train.Config(
         version="v3", data=str(root / "data"), cache=str(root / "cache"), device="cpu", amp="none",
         threads=1, workers=0, epochs=2, steps=2, batch_size=2, patch=(16, 16, 16),
-        spacing=(16.0, 16.0, 16.0), folds=3, val_every=1, phi="noise", out=str(root / "run"),
+        spacing=(16.0, 16.0, 16.0), folds=3, val_every=1, phi="noise", seed=1, lr=3e-3,
+        out=str(root / "run"),
     )  # fmt: skip
 
 
@@ -310,8 +312,12 @@ LEGAL = [(v, phi) for v in ("v1", "v2", "v3") for phi in ("none", "noise", "shuf
 
 
 @pytest.mark.parametrize("version, phi", [*LEGAL, ("v4", "none")])
-def test_every_version_steps_with_every_phi(base, cases, version, phi):
-    config = replace(base, version=version, phi=phi)
+def test_every_version_steps_with_every_phi(base, cases, monkeypatch, version, phi):
+    """Φ changes what the CT branch sees, not what it has to reconstruct."""
+    config, targets = replace(base, version=version, phi=phi), []
+    loss = train.LOSSES["petct"][version]
+    record = lambda out, batch, w: targets.append(batch) or loss(out, batch, w)  # noqa: E731
+    monkeypatch.setitem(train.LOSSES["petct"], version, record)
     row, before, model, inputs, images = one_epoch(config, cases)
     assert TERMS[version] == set(row) & set(plots.TERMS)
     assert row["loss"] == pytest.approx(sum(row[term] for term in TERMS[version]))
@@ -320,6 +326,7 @@ def test_every_version_steps_with_every_phi(base, cases, version, phi):
     [(ct, pet)] = inputs
     assert torch.equal(pet, images[:, 1:])
     assert torch.equal(ct, images[:, :1]) == (phi == "none")
+    assert torch.equal(torch.cat(targets[0][:2], dim=1), images)
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert still <= {"theta"}  # every task reached its weights
 
@@ -366,7 +373,7 @@ def test_learning_rate_falls_to_a_tenth(base):
         def __iter__(self):
             raise InterruptedError("by now the learning rate is set")
 
-    config = train.resolve(replace(base, lr_drop=3), "petct", False)
+    config = train.resolve(replace(base, lr=1e-3, lr_drop=3), "petct", False)
     model, rates = train.build_model(config), []
     optimizer = train.make_optimizer(model, config, CPU)
     for epoch in range(5):
@@ -390,7 +397,10 @@ def test_run_folder_is_complete(base, finished):
     }  # fmt: skip
     record = json.loads((run / "config.json").read_text())
     assert train.as_config(record["config"]) == train.resolve(base, "petct", False)
-    assert record["torch"] == str(torch.__version__) and len(record["commit"].split("+")[0]) in (0, 40)
+    assert record["torch"] == str(torch.__version__) and len(record["commit"].split("+")[0]) in (
+        0,
+        40,
+    )
     for name in ("curves.png", "examples.png"):
         picture = matplotlib.image.imread(run / name)
         assert min(picture.shape[:2]) > 100 and picture[..., :3].std() > 0.05
@@ -469,7 +479,7 @@ def test_a_run_is_not_overwritten(base, finished):
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 1e-2}, {"shared": (4,)}, {"seed": 1}, {"fold": 1}, {"phi": "none"}]
+    "change", [{"lr": 1e-2}, {"shared": (4,)}, {"seed": 2}, {"fold": 1}, {"phi": "none"}]
 )
 def test_a_run_goes_on_with_its_own_settings_only(base, finished, change):
     [name] = change
@@ -711,3 +721,102 @@ def test_the_command_ends_with_one_message_and_code_2(base, cases):
 
 if __name__ == "__main__":
     rank_of_a_run(train.as_config(json.loads(sys.argv[1])))
+
+
+def test_a_start_that_made_no_checkpoint_leaves_no_splits(base, tmp_path, monkeypatch, no_figures):
+    """Interrupted before its first checkpoint, then started with another fold."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(replace(base, out=str(run)))
+    first = json.loads((run / "splits.json").read_text())
+    train.train(replace(base, out=str(run), fold=1, epochs=1, steps=1))
+    assert json.loads((run / "splits.json").read_text()) != first
+
+
+def test_killed_with_workers_it_can_go_on_at_once(base, cases, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(run)]
+    run.mkdir()
+    config = train.plain(replace(base, out=str(run), workers=2, steps=500))
+    (run / "config.json").write_text(json.dumps({"config": config}))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (run / "splits.json").exists():
+        time.sleep(0.1)
+    time.sleep(5)
+    process.kill()
+    process.wait()
+    with train.only_writer(run):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["flipped", "other version", "list", "no model"])
+def test_damaged_checkpoints(finished, tmp_path, damage):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    best = run / "best.pt"
+    if damage == "flipped":
+        data = bytearray(best.read_bytes())
+        data[len(data) // 2] ^= 0x40
+        best.write_bytes(data)
+    elif damage == "other version":
+        model = train.build_model(train.Config(version="v4", kind="petct"))
+        torch.save({"model": model.state_dict(), "epoch": 1, "val_dice": 0.0}, best)
+    else:
+        torch.save([1] if damage == "list" else {"epoch": 1}, best)
+    with pytest.raises(UserError, match="best.pt"):
+        evaluation.run_command([str(run)])
+
+
+@pytest.mark.parametrize("option", [["--overlap", "1"], ["--window-batch", "0"]])
+def test_prediction_checks_its_options(base, finished, tmp_path, option):
+    with pytest.raises(UserError, match=option[0]):
+        evaluation.run_command(
+            [str(finished[0]), "--predict", base.data, "--out", str(tmp_path), *option]
+        )
+
+
+def test_runs_of_one_name_are_not_written_over_each_other(finished, tmp_path):
+    for folder in ("a", "b"):
+        shutil.copytree(finished[0], tmp_path / folder / "run")
+    out = tmp_path / "out"
+    runs = [str(tmp_path / folder / "run") for folder in ("a", "b")]
+    with pytest.raises(UserError, match="one name"):
+        evaluation.run_command([*runs, "--out", str(out)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"phi": "blur"},
+        {"rec": "L1"},
+        {"amp": "fp32"},
+        {"window_weights": "gauss"},
+        {"class_label": "study"},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"weight_decay": -1.0},
+        {"split_seed": -1},
+        {"noise_sigma": -1.0},
+        {"lambda_rec": -1.0},
+        {"spacing": (float("nan"),)},
+    ],
+)
+def test_values_that_mean_nothing_are_refused(options):
+    with pytest.raises(UserError):
+        train.resolve(replace(train.Config(), **options), "petct", False)
+
+
+def test_files_of_a_resumed_run_are_byte_identical(base, finished, tmp_path, no_figures):
+    run = tmp_path / "run"
+    train.train(replace(base, out=str(run), epochs=1))
+    train.train(train.parse(["--resume", "--out", str(run), "--epochs", "2"]))
+    for name in ("best.pt", "last.pt"):
+        same = Path(run / name).read_bytes() == (finished[0] / name).read_bytes()
+        assert same, name
+
+
+def test_git_is_not_needed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train.about()["commit"] == ""
