@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -282,11 +282,11 @@ def find_dataset_json(root: Path, images: Path | None, labelled: bool) -> Found:
         raise UserError(f"{images}: no such folder. The images of {path} belong there.")
     labels = root / "labelsTr" if images.name != "imagesTs" else root / "labelsTs"
     files = list(nifti_files(images))
-    listed = {stem_of(file) for _, (file,) in msd_rows(root, images, dataset, [])}
+    listed = {stem_of(file) for _, (file,) in msd_rows(images, dataset, [])}
     if any(re.search(r"_\d{4}$", stem_of(f)) and stem_of(f) not in listed for f in files):
         layout, rows = "nnU-Net raw", nnunet_rows(images, files, channel)
     else:
-        layout, rows = "Medical Segmentation Decathlon", msd_rows(root, images, dataset, files)
+        layout, rows = "Medical Segmentation Decathlon", msd_rows(images, dataset, files)
     studies, findings, seen = [], [], set()
     for case, sources in rows:
         if layout.startswith("Medical"):
@@ -347,7 +347,7 @@ def nnunet_rows(images: Path, files: list[Path], channel: dict[str, int]) -> lis
     return rows
 
 
-def msd_rows(root: Path, images: Path, dataset: dict, files: list[Path]) -> list:
+def msd_rows(images: Path, dataset: dict, files: list[Path]) -> list:
     """(case, [file]) per entry of dataset.json, or per file where it lists none."""
     entries = dataset.get("training") or []
     listed = [str(e.get("image", "")) if isinstance(e, dict) else str(e) for e in entries]
@@ -529,6 +529,11 @@ PREPROCESSING = {
 }
 
 
+def preprocessing(config) -> Preprocessing:
+    """The preprocessing of a resolved train.Config: its kind's, at its spacing."""
+    return replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
+
+
 def interpolate(image: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:
     """Linear interpolation of float32 `image` along one axis, clamped at its borders."""
     last = image.shape[axis] - 1
@@ -648,12 +653,10 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
     meta = {
         "name": study.name,
         "patient": study.patient,
-        "kind": study.kind,
         "shape": [int(n) for n in images.shape[1:]],
         "spacing": list(settings.spacing),
         "native_shape": [int(n) for n in shape],
         "native_spacing": spacing.tolist(),
-        "native_voxel_ml": float(abs(np.linalg.det(affine[:3, :3])) / 1000),
         "native_affine": affine.tolist(),
         "to_axes": to_axes.tolist(),
         "box": box,
@@ -840,7 +843,7 @@ def prepare(
             raise UserError(
                 f"{base}: cannot be written ({error.strerror}). Choose another --cache."
             ) from None
-        for leftover in base.glob(".*.tmp"):  # of a process killed long ago
+        for leftover in (*base.glob(".*.tmp"), *base.glob(".*.old")):  # of a killed process
             if time.time() - leftover.stat().st_mtime > 86400:
                 shutil.rmtree(leftover, ignore_errors=True)
         free = shutil.disk_usage(base).free
@@ -851,6 +854,12 @@ def prepare(
         write_json(base / "settings.json", {"data": str(Path(root).resolve()), **asdict(settings)})
         findings += run_parallel(todo, settings, folders, workers)
         cases |= {study.name: cached_case(folders[study.name], study) for study in todo}
+        said = {finding.file for finding in findings}
+        for study in todo:
+            files = {str(p) for p in (study.pet.path, study.ct.path, study.label) if p}
+            if cases[study.name] is None and not said & files:
+                found_now = "changed while it was read"
+                findings.append(Finding(str(study.pet.path), found_now, "Start again"))
     bad = {f.file for f in findings}
     good = [case for case in cases.values() if case is not None]
     first: dict[str, Case] = {}
@@ -915,9 +924,11 @@ def make_splits(cases: list[Case], folds: int = 5, fold: int = 0, seed: int = 0)
     rest = [p for p in dealt if p not in set(test)]
     ill = [p for p in rest if any(c.has_lesion for c in by_patient[p])]
     healthy = [p for p in rest if p not in set(ill)]
-    val = [p for group in (ill, healthy) for p in group[: -(-len(group) // 10)]]
-    if len(val) == len(rest) > 1:
-        val = val[:1]
+    # a tenth of each, at least one, but the last of a kind stays in training
+    val = [
+        p for group in (ill, healthy) for p in group[: min(-(-len(group) // 10), len(group) - 1)]
+    ]
+    val = val or rest[:1] if len(rest) > 1 else val
     train = [p for p in rest if p not in set(val)]
     parts = {"train": train, "val": val, "test": test}
     if not all(parts.values()):
@@ -1290,4 +1301,8 @@ def write_phantom(
                 image.header["descrip"] = b"SIMULATED phantom, not clinical"
                 data = gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
                 (folder / f"{name}.nii.gz").write_bytes(data)
-        os.replace(Path(partial, root.name), root)
+        try:
+            os.replace(Path(partial, root.name), root)
+        except OSError:
+            if not root.is_dir():  # else another start was faster and wrote the same
+                raise

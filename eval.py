@@ -9,8 +9,8 @@ Dice, FPV and FNV follow the AutoPET challenge, on the grid of the study's own f
 from __future__ import annotations
 
 import argparse
+import gzip
 import math
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,8 +24,8 @@ import torch
 from scipy import ndimage, stats
 from torch import Tensor
 
+from baselines import LATE_FUSIONS, PAPER_TABLES
 from data import (
-    PREPROCESSING,
     THRESHOLD_SUV,
     BadStudy,
     Case,
@@ -33,6 +33,7 @@ from data import (
     atomic,
     find_studies,
     preprocess,
+    preprocessing,
     progress,
     read_json,
     to_native,
@@ -80,6 +81,8 @@ def false_negative_volume(pred, mask, spacing) -> float:
 
 def unmatched_volume(a: np.ndarray, b: np.ndarray, spacing) -> float:
     """Volume in ml of the components of a without a voxel of b; labelled inside a's box only."""
+    if len(np.atleast_1d(spacing)) != a.ndim:
+        raise ValueError(f"spacing {spacing}: one number per axis of {a.shape}, in mm")
     boxes = ndimage.find_objects(a.astype(np.uint8, copy=False))
     if not boxes:
         return 0.0
@@ -225,14 +228,22 @@ def autocast(device: torch.device, amp: str):
     return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
 
 
+def see(images: Tensor, modality: str) -> Tensor:
+    """What the network is given of images (B, 2, W, H, D): both, or one modality in both places
+    (CT-only and PET-only Mirror U-Net, Sec. 4.2)."""
+    return {"both": images, "ct": images[:, [0, 0]], "pet": images[:, [1, 1]]}[modality]
+
+
 def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.ndarray, float]:
     """Margins (K, W, H, D) of one preprocessed study and, if "tumor" is in heads, the highest
     tumour probability of a window (NaN otherwise). Only `heads` are computed."""
-    own = config.bottleneck == "own" and model.variant.ct == "rec" and heads == ("seg",)
+    pet_alone = config.bottleneck == "own" and model.variant.ct == "rec" and heads == ("seg",)
+    reads = {"both": (1,) if pet_alone else (0, 1), "ct": (0,), "pet": (1,)}[config.modality]
 
     @torch.inference_mode()
     def run(windows: Tensor):
         with autocast(device, config.amp):
+            windows = see(windows, config.modality)
             out = model(windows[:, :1], windows[:, 1:], heads=heads)
         tumor = None if out.tumor is None else out.tumor.float().sigmoid()
         return margins(out.seg.float()), tumor
@@ -240,7 +251,7 @@ def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.
     model.eval()
     margin, tumor = sliding_window(
         run, image, config.patch, config.overlap, config.window_weights, config.window_batch,
-        device, reads=(1,) if own else (0, 1),
+        device, reads,
     )  # fmt: skip
     return margin.cpu().numpy(), tumor
 
@@ -249,6 +260,15 @@ def bits(margin: np.ndarray, variant) -> np.ndarray:
     """uint8 map whose bit k says that class k of the variant is present."""
     present = decide(margin, variant)
     return sum(p.astype(np.uint8) << k for k, p in enumerate(present)).astype(np.uint8)
+
+
+def fuse_late(a: np.ndarray, b: np.ndarray, mode: str) -> np.ndarray:
+    """Late fusion of two networks' margins (Table 3): "logits" averages them, which has the mask of
+    their sum; "union" and "intersection" of the two masks have the larger and the smaller margin.
+    """
+    return {"logits": (a + b) / 2, "union": np.maximum(a, b), "intersection": np.minimum(a, b)}[
+        mode
+    ]
 
 
 def label_map(margin: np.ndarray) -> np.ndarray:
@@ -265,26 +285,41 @@ def label_map(margin: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ evaluation
 
 
-def evaluate(model, cases: list[Case], config, device, native: bool = True, bar: str = "") -> list:
+def evaluate(
+    model, cases: list[Case], config, device, native: bool = True, bar: str = "", late=None
+) -> list:
     """A row of metrics per study, a dict.
 
     native: on the grid of the study's files (the reported results); else on the cached grid (the
     validation during training). For PET/CT a native row also has the columns suv4_*, the same
-    metrics of the voxels with SUV >= 4.
+    metrics of the voxels with SUV >= 4. late: (second model, its config, mode of LATE_FUSIONS).
     """
     names = model.variant.classes
     heads = ("seg", "tumor") if model.variant.tumor and native else ("seg",)
     rows = []
     for case in progress(cases, bar, "study") if bar else cases:
         margin, tumor = infer(model, case.load("images"), config, device, heads)
+
+        def classify(m):
+            return bits(m, model.variant)
+
+        if late:
+            partner, partner_config, mode = late
+            second, _ = infer(partner, case.load("images"), partner_config, device)
+            margin = np.concatenate([margin, second])
+
+            def classify(m, mode=mode):
+                return bits(fuse_late(*np.split(m, 2), mode), model.variant)
+
         row = {"study": case.name, "patient": case.patient, "has_lesion": case.has_lesion}
         if native:
             spacing = native_spacing(case)
-            pred = to_native(case.meta, margin, lambda m: bits(m, model.variant))
-            truth = true_bits(case.native("native_label", case.load("native_class")))
+            pred = to_native(case.meta, margin, classify)
+            # classes 1 and 2 of a mask are disjoint, so as bits they are the same numbers
+            truth = case.native("native_label", case.load("native_class"))
         else:
             spacing = case.meta["spacing"]
-            pred, truth = bits(margin, model.variant), true_bits(case.load("label"))
+            pred, truth = bits(margin, model.variant), case.load("label")
         row |= score(pred, truth, names, spacing)
         if native and names == ("lesion",):
             hot = score(case.native("native_hot"), truth, names, spacing)
@@ -298,11 +333,6 @@ def evaluate(model, cases: list[Case], config, device, native: bool = True, bar:
 def native_spacing(case: Case) -> np.ndarray:
     """Spacing in mm along the axes of the study's files."""
     return np.linalg.norm(np.array(case.meta["native_affine"])[:3, :3], axis=0)
-
-
-def true_bits(classes: np.ndarray) -> np.ndarray:
-    """Classes 1, 2 of a mask as bits 1, 2: the same numbers, as the classes are disjoint."""
-    return np.asarray(classes)
 
 
 def summarize(rows: list[dict], kind: str) -> dict:
@@ -363,7 +393,7 @@ TITLES = {
 }  # fmt: skip
 RULES = {
     "petct": "Dice, FNV, MTV: studies with a lesion (n). FPV: all studies; a false alarm in a "
-    "healthy study counts there. AutoPET metrics on the studies' own grid.",
+    "healthy study counts there. Empty masks as in AutoPET 2022; the studies' own grid.",
     "mri": "Dice; whole = core ∪ edema. A class absent from mask and prediction is left out (n).",
 }
 
@@ -395,7 +425,8 @@ def rows_of(name: str, summary: dict) -> dict[str, dict]:
 
 
 def write_results(folder: Path, part: str, rows: list[dict], kind: str, about: dict) -> dict:
-    """<part>_studies.csv and summary.json of a run (or of --out); returns the summary."""
+    """Write <part>_studies.csv and, for test, summary.json, else <part>_summary.json, into folder;
+    returns the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / f"{part}_studies.csv") as file:
         file.write(pd.DataFrame(rows).to_csv(index=False).encode())
@@ -403,6 +434,106 @@ def write_results(folder: Path, part: str, rows: list[dict], kind: str, about: d
     name = "summary.json" if part == "test" else f"{part}_summary.json"
     write_json(folder / name, {"rule": RULES[kind], "part": part, **about, "systems": summary})
     return summary
+
+
+# ------------------------------------------------------------------ the paper's Tables 3-5
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % confidence interval of the mean over studies, by bootstrap with a fixed seed."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def paired_p(ours: pd.Series, theirs: pd.Series) -> float:
+    """p of Wilcoxon's signed-rank test on the studies that both have; NaN if all are equal."""
+    both = pd.concat([ours, theirs], axis=1, join="inner").dropna()
+    difference = both.iloc[:, 0] - both.iloc[:, 1]
+    return float(stats.wilcoxon(difference).pvalue) if difference.any() else math.nan
+
+
+def finished_runs(root: Path) -> dict[str, Path]:
+    """The newest run with test results for each system below `root`, by its name.
+
+    Only what train.py and --late-fusion write counts, not other evaluations of a run.
+    """
+    newest = {}
+    for summary in sorted(root.glob("**/summary.json"), key=lambda path: path.stat().st_mtime):
+        config = summary.parent / "config.json"
+        if config.exists() and (summary.parent / "test_studies.csv").exists():
+            newest[read_json(config)["config"]["version"]] = summary.parent
+    return newest
+
+
+def paper_table(number: int, root: Path) -> pd.DataFrame:
+    """Table `number` of the paper: a row per system in its order, its figures beside ours.
+
+    Ours are means over the test studies (Dice in %, volumes in ml), with 95 % bootstrap intervals
+    (_low, _high), counts (_n) and, for Dice, the p of a paired test against the last row's system,
+    Mirror U-Net. Rows without a run are kept, empty.
+    """
+    runs = finished_runs(root)
+    metrics = (
+        ("dice", "fpv_ml", "fnv_ml")
+        if number < 5
+        else tuple(f"dice_{c}" for c in ("whole", "edema", "core"))
+    )
+    reference = "v3" if number < 5 else "v2"
+    frames = {name: pd.read_csv(run / "test_studies.csv") for name, run in runs.items()}
+    rows = []
+    for name, title, *published in PAPER_TABLES[number]:
+        frame = frames.get(name)
+        row = {"system": name, "title": title, "run": str(runs.get(name, "")) or "not run"}
+        for metric, figure in zip(metrics, published, strict=True):
+            row[f"{metric}_paper"] = figure
+            if frame is None or metric not in frame:
+                continue
+            ill = frame["has_lesion"].astype(bool)
+            kept = frame if metric == "fpv_ml" else frame[ill]
+            scale = 100 if metric.startswith("dice") else 1
+            values = kept.set_index("study")[metric].dropna() * scale
+            low, high = interval(values.to_numpy())
+            row |= {metric: values.mean(), f"{metric}_low": low, f"{metric}_high": high}
+            row[f"{metric}_n"] = len(values)
+            if scale == 100 and name != reference and reference in frames:
+                ours = frames[reference].set_index("study")[metric].dropna() * scale
+                row[f"{metric}_p"] = paired_p(ours, values)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_paper_table(number: int, root: Path) -> str:
+    """Write table<number>.csv and .md into `root`; the Markdown, which also reads well as text."""
+    table = paper_table(number, root)
+    names = {"dice": "Dice", "fpv_ml": "FPV", "fnv_ml": "FNV", "dice_whole": "Whole",
+             "dice_edema": "Edema", "dice_core": "Core"}  # fmt: skip
+    metrics = [m for m in names if f"{m}_paper" in table]
+    rows = [["Method", *(f"{names[m]} {who}" for m in metrics for who in ("paper", "here"))]]
+    for _, row in table.iterrows():
+        cells = [row["title"]]
+        for m in metrics:
+            cells.append(f"{row[f'{m}_paper']:.2f}")
+            if m in row and not pd.isna(row[m]):
+                spread = f"{row[f'{m}_low']:.1f}-{row[f'{m}_high']:.1f}"
+                cells.append(f"{row[m]:.2f} [{spread}] n={row[f'{m}_n']:.0f}")
+            else:
+                cells.append("not run")
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    text = "\n".join(lines)
+    with atomic(root / f"table{number}.csv") as file:
+        file.write(table.to_csv(index=False).encode())
+    with atomic(root / f"table{number}.md") as file:
+        file.write((text + "\n").encode())
+    missing = table.loc[table["run"] == "not run", "system"]
+    return text + (f"\nnot run: {', '.join(missing)}" if len(missing) else "")
 
 
 # ------------------------------------------------------------------ prediction
@@ -417,9 +548,8 @@ def write_mask(path: Path, mask: np.ndarray, source: Path) -> None:
     header["descrip"] = b"Mirror U-Net mask"
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    nib.save(kind(mask, None, header), temporary)
-    os.replace(temporary, path)
+    with atomic(path) as file:
+        file.write(gzip.compress(kind(mask, None, header).to_bytes(), 6, mtime=0))
 
 
 def predict(
@@ -436,11 +566,10 @@ def predict(
             f"{studies_dir}: holds {DATA_NAMES[found.kind]} studies, the run was trained on "
             f"{DATA_NAMES[config.kind]}. Choose a run of that kind."
         )
-    settings = replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
     findings, written = list(found.findings), []
     for study in progress(found.studies, "predict", "study"):
         try:
-            arrays, meta = preprocess(replace(study, label=None), settings)
+            arrays, meta = preprocess(replace(study, label=None), preprocessing(config))
         except BadStudy as error:
             findings += error.findings
             continue
@@ -483,8 +612,8 @@ def load_run(run: Path, checkpoint: str, given: dict):
     config = replace(saved_config(run), **given)
     check_numbers(config)
     device = choose_device(config.device)
-    if "amp" not in given:  # the device may be another one than in training
-        config = replace(config, amp="auto")
+    if "amp" not in given and device.type != read_json(run / "config.json").get("ran_on"):
+        config = replace(config, amp="auto")  # trained on another kind of device
     config = choose_amp(config, device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -498,37 +627,64 @@ def load_run(run: Path, checkpoint: str, given: dict):
     return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
 
 
-def evaluate_run(run: Path, args, given: dict) -> tuple[dict, str, frozenset]:
-    """Evaluate one run on a part of its splits, or on all studies of another --data.
+def choose_cases(run: Path, args, given: dict, cases: list[Case]) -> tuple[str, list[Case]]:
+    """The part to evaluate and its studies: --part of the run's own splits ("test"), or "all" of
+    another --data. Says so if the run has seen some of them."""
+    names = read_json(run / "splits.json")
+    known = {name for own in names.values() for name in own} & {case.name for case in cases}
+    part = args.part or ("test" if known or "data" not in given else "all")
+    if part == "all":
+        chosen = cases
+    else:
+        chosen = [case for case in cases if case.name in set(names[part])]
+        if missing := sorted(set(names[part]) - {case.name for case in chosen}):
+            raise UserError(
+                f"{run}: {len(missing)} studies of its {part} part are not in the data, the first "
+                f"is {missing[0]}. Give their folder with --data, or --part all."
+            )
+    seen = {case.name for case in chosen} & {*names["train"], *names["val"]}
+    if seen:
+        say = f"{run}: {len(seen)} of these {len(chosen)} studies trained or selected it"
+        print(say, file=sys.stderr)
+    return part, chosen
+
+
+def evaluate_run(run: Path, args, given: dict, late: Path | None = None):
+    """Evaluate one run on a part of its splits, or on all studies of another --data; with `late`,
+    its late fusion with that run.
 
     Returns the summary, the kind of data and the names of the studies.
     """
-    from train import open_data
+    from train import open_data, plain
 
     model, config, device, weights = load_run(run, args.checkpoint, given)
     config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
-    part = args.part
-    if "data" in given:
-        part = "all"
-    else:
-        names = read_json(run / "splits.json")
-        wanted = sum(names.values(), []) if part == "all" else names[part]
-        cases = [case for case in cases if case.name in set(wanted)]
-        if missing := sorted(set(wanted) - {case.name for case in cases}):
-            raise UserError(
-                f"{run}: {len(missing)} studies of its splits are not in the data, the first is "
-                f"{missing[0]}. Give their folder with --data."
-            )
-    rows = evaluate(model, cases, config, device, bar=f"{run.name} {part}")
+    part, cases = choose_cases(run, args, given, cases)
+    partner = None
+    folder = args.out / run.name if args.out else run / "evaluation"
+    if late:
+        second, second_config, _, _ = load_run(late, args.checkpoint, given)
+        same = ("kind", "spacing", "patch")
+        if [getattr(config, n) for n in same] != [getattr(second_config, n) for n in same]:
+            raise UserError(f"{late}: kind, spacing or patch differ from those of {run}.")
+        if read_json(run / "splits.json") != read_json(late / "splits.json"):
+            raise UserError(f"{late}: trained on other studies than {run}. Use the same splits.")
+        partner = (second, second_config, args.late_fusion)
+        version = f"late_fusion_{args.late_fusion}"
+        folder = args.out or run.parent / version
+        folder.mkdir(parents=True, exist_ok=True)
+        record = plain(replace(config, version=version)) | {"runs": [str(run), str(late)]}
+        write_json(folder / "config.json", {"config": record})
+    rows = evaluate(model, cases, config, device, bar=f"{folder.name} {part}", late=partner)
     facts = {
+        "run": str(run),
+        "checkpoint": args.checkpoint,
         "checkpoint_epoch": weights["epoch"],
-        "epochs": weights["epoch"] if args.checkpoint == "last" else config.epochs,
         "val_dice": weights["val_dice"],
         "data": config.data,
     }
-    folder = args.out / run.name if args.out else run
     summary = write_results(folder, part, rows, config.kind, facts)
-    return summary, config.kind, frozenset(row["study"] for row in rows)
+    return summary, config.kind, frozenset(row["study"] for row in rows), folder
 
 
 def run_command(argv: list[str] | None = None) -> None:
@@ -537,7 +693,15 @@ def run_command(argv: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a trained run")
-    parser.add_argument("--part", default="test", choices=("train", "val", "test", "all"))
+    parser.add_argument(
+        "--table", type=int, choices=(3, 4, 5), help="the paper's table, from the runs below RUN"
+    )
+    parser.add_argument("--late-fusion", choices=LATE_FUSIONS, help="of the two runs, Table 3")
+    parser.add_argument(
+        "--part",
+        choices=("train", "val", "test", "all"),
+        help="of the run's splits [test; all for studies it has not seen]",
+    )
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
     parser.add_argument("--predict", type=Path, metavar="DIR", help="studies without labels")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results or masks")
@@ -551,11 +715,22 @@ def run_command(argv: list[str] | None = None) -> None:
         for path in predict(model, config, args.predict, args.out, device, config.skip_bad):
             print(path)
         return
+    if args.table:
+        if len(args.runs) > 1 or not args.runs[0].is_dir():
+            raise UserError("--table takes one folder, the one that holds the runs.")
+        print(write_paper_table(args.table, args.runs[0]))
+        return
+    if args.late_fusion:
+        if len(args.runs) != 2:
+            raise UserError("--late-fusion takes two runs, such as runs/ct runs/pet.")
+        summary, kind, _, folder = evaluate_run(args.runs[0], args, given, late=args.runs[1])
+        print(results_table(rows_of(str(folder), summary), kind))
+        return
     if args.out and len({run.name for run in args.runs}) < len(args.runs):
         raise UserError("--out: two runs have one name and would overwrite each other there.")
     systems, kinds, studies = {}, set(), set()
     for run in args.runs:
-        summary, kind, names = evaluate_run(run, args, given)
+        summary, kind, names, _ = evaluate_run(run, args, given)
         systems |= rows_of(str(run), summary)
         kinds.add(kind)
         studies.add(names)

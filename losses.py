@@ -44,7 +44,7 @@ def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:
     """The reconstruction term of Eq. 1 and 2 for x and x_hat (B, 1, W, H, D).
 
     "l2": ||x - x_hat||_2 of each sample, averaged over the batch. "mse": the released code's mean
-    squared error, which at 96^3 is about a thousand times weaker on the shared layers.
+    squared error, at equal λ several hundred times weaker on the shared layers at 96^3.
     """
     difference = x.float() - x_hat.float()
     if rec == "mse":
@@ -101,6 +101,103 @@ LOSSES = {
     "petct": {"v1": loss_v1, "v2": loss_v2, "v3": loss_v3, "v4": loss_v4},
     "mri": {"v1": loss_mri_v1, "v2": loss_mri_v2, "v2-rec": loss_v2},
 }
+
+
+# ------------------------------------------------------------------ the compared systems
+# Dice + cross-entropy and what each adds. Their weights are constants of their own; w is not read.
+
+
+def loss_seg(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """L_DiceCE of the mask alone; for Valindria et al. of the one branch that the step ran."""
+    return {"seg": dice_ce(batch.mask, out.seg)}
+
+
+def deep_weights(outputs: int) -> list[float]:
+    """Weights of deep supervision, full size first: powers of 1/2, the last 0, with sum 1."""
+    halves = [0.5**i for i in range(outputs - 1)]
+    return [half / sum(halves) for half in halves] + [0.0] if halves else [1.0]
+
+
+def loss_deep(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """L_DiceCE at every size with the weights of nnU-Net (4/7, 2/7, 1/7, 0 for four).
+
+    The mask is brought to a size by the nearest voxel. The term of weight 0 is there so that its
+    logits have a gradient, which data-parallel training asks for.
+    """
+    sizes = (out.seg, *out.extra["deep"])
+    total = 0
+    for weight, logits in zip(deep_weights(len(sizes)), sizes, strict=True):
+        y = F.interpolate(batch.mask[:, None].float(), logits.shape[2:], mode="nearest-exact")[:, 0]
+        total = total + weight * dice_ce(y, logits)
+    return {"seg": total}
+
+
+def ssim(x: Tensor, y: Tensor, span: float = 1.0, size: int = 11, sigma: float = 1.5) -> Tensor:
+    """Mean structural similarity of x and y (B, 1, W, H, D) with values in a range of `span`.
+
+    Means, variances and covariance are those under a Gaussian window of size^3, only where it lies
+    inside (sides of at least `size`). Raises ValueError for smaller patches.
+    """
+    if min(x.shape[2:]) < size:
+        raise ValueError(f"SSIM of {tuple(x.shape)}: every side must be at least {size}")
+    x, y = x.float(), y.float()
+    t = torch.arange(size, dtype=torch.float64) - size // 2
+    window = torch.exp(-t.square() / (2 * sigma**2))
+    window = (window / window.sum()).tolist()
+    moments = torch.cat([x, y, x * x, y * y, x * y])
+    for axis in (2, 3, 4):
+        # Sums, not convolutions: a GPU may run those in TF32, too coarse for E[x^2] - E[x]^2.
+        inside = moments.shape[axis] - size + 1
+        moments = sum(g * moments.narrow(axis, i, inside) for i, g in enumerate(window))
+    mx, my, xx, yy, xy = moments.chunk(5)
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+    return (luminance * structure).mean()
+
+
+def fuse(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """SF-Net's fused image f = w B + (1 - w) A."""
+    return weight * b + (1 - weight) * a
+
+
+def loss_sfnet(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """L_DiceCE + e^-s L_fusion + s with the learned s, A = CT and B = PET, where
+
+    L_fusion = 2 MSE(f, B) + MSE(f, A) + 2 (1 - SSIM(f, A)) + (1 - SSIM(f, B)).
+    """
+    a, b, s = batch.ct.float(), batch.pet.float(), out.extra["s"]
+    f = fuse(out.extra["weight"].float(), a, b)
+    intensity = 2 * F.mse_loss(f, b) + F.mse_loss(f, a)
+    structure = 2 * (1 - ssim(f, a)) + (1 - ssim(f, b))
+    return loss_seg(out, batch, w) | {"fusion": torch.exp(-s) * (intensity + structure) + s}
+
+
+def presence(out: Output, batch: Batch) -> Tensor:
+    """L_BCE of the tumour logit: is there a lesion?"""
+    return F.binary_cross_entropy_with_logits(out.tumor.float(), batch.tumor.float())
+
+
+def loss_andrearczyk(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """L_DiceCE + 0.1 L_BCE; the original's outcome is survival, its weight is not published."""
+    return loss_seg(out, batch, w) | {"cls": 0.1 * presence(out, batch)}
+
+
+def loss_deepmts(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """L_DiceCE + L_BCE, one to one as in the original with its Cox loss."""
+    return loss_seg(out, batch, w) | {"cls": presence(out, batch)}
+
+
+def loss_weninger(out: Output, batch: Batch, w) -> dict[str, Tensor]:
+    """L_DiceCE + 0.1 MSE over both images + 0.1 L_BCE (supplement, Sec. 3)."""
+    return loss_seg(out, batch, w) | {
+        "rec_ct": 0.1 * reconstruction(batch.ct, out.ct_rec, "mse") / 2,
+        "rec_pet": 0.1 * reconstruction(batch.pet, out.pet_rec, "mse") / 2,
+        "cls": 0.1 * presence(out, batch),
+    }
+
+
+# ------------------------------------------------------------------ which task shapes what
 
 
 def gradient_norms(terms: dict[str, Tensor], shared: list[nn.Parameter]) -> dict[str, float]:

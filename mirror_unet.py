@@ -94,6 +94,7 @@ class Output(NamedTuple):
     ct_rec, pet_rec: reconstructions (B, 1, W, H, D), in the units of the inputs.
     tumor: logit (B,) of T. btl_seg: whole-tumour logits (B, 2, W, H, D) of the bottleneck decoder.
     ct_seg, pet_seg: logits of a branch that segments.
+    extra: what only the loss of one compared system reads, by name (baselines.py).
     """
 
     seg: Tensor | None = None
@@ -103,6 +104,7 @@ class Output(NamedTuple):
     btl_seg: Tensor | None = None
     ct_seg: Tensor | None = None
     pet_seg: Tensor | None = None
+    extra: dict | None = None
 
 
 class ConvNormAct(nn.Sequential):
@@ -222,6 +224,7 @@ class MirrorUNet(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: choose from {', '.join(allowed)}")
+        shared = (shared,) if isinstance(shared, int) else tuple(shared)
         if not set(shared) <= set(range(1, 9)):
             raise ValueError(f"shared layers {sorted(shared)}: L is a subset of 1..8 (Sec. 3.2)")
         try:
@@ -291,8 +294,7 @@ class MirrorUNet(nn.Module):
             raise ValueError(f"heads {sorted(absent)}: this version has {', '.join(self.heads)}")
         run_ct = bool(want & {"ct_rec", "ct_seg"}) or ("seg" in want and v.ct != "rec")
         run_pet = bool(want & {"seg", "pet_seg"})
-        run_btl = self.btl_decoder is not None and bool(want & {"pet_rec", "btl_seg"})
-        run_cls = self.classifier is not None and "tumor" in want
+        run_btl, run_cls = bool(want & {"pet_rec", "btl_seg"}), "tumor" in want
         joint = len(self.joint) > 0
         see_ct = run_ct or run_btl or (run_cls and self.classifier_sees_ct) or joint
         see_pet = run_pet or run_btl or run_cls or joint
@@ -300,7 +302,7 @@ class MirrorUNet(nn.Module):
         ct_skips = encode(self.ct, ct) if see_ct else None
         pet_skips = encode(self.pet, pet) if see_pet else None
         both = None
-        if see_ct and see_pet and (run_btl or run_cls or joint):
+        if run_btl or joint or (run_cls and self.classifier_sees_ct):
             both = torch.cat([ct_skips[-1], pet_skips[-1]], dim=1)  # ⊕ of Eq. 2-3, (B, 512, ...)
         out = {}
         if run_ct:
@@ -368,5 +370,5 @@ def decide(margin, variant: Variant):
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters, a shared one counted once; the joint 1^3 convolutions are left out."""
-    joint = sum(p.numel() for p in model.joint.parameters())
+    joint = sum(p.numel() for n, p in model.named_parameters() if n.startswith("joint."))
     return sum(p.numel() for p in model.parameters()) - joint

@@ -15,13 +15,13 @@ import torch
 from matplotlib.lines import Line2D
 
 import eval as evaluation
-from data import Case, atomic
+from data import PREPROCESSING, THRESHOLD_SUV, Case, atomic
 from mirror_unet import margins
 
 # Okabe and Ito's palette, told apart by colour-blind readers
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 OUTLINES = {"truth": COLORS[2], "prediction": COLORS[1], "edema": COLORS[4], "core": COLORS[5]}
-TERMS = ("rec_ct", "rec_pet", "seg", "seg_edema", "seg_core", "seg_whole", "cls")
+TERMS = ("rec_ct", "rec_pet", "seg", "seg_edema", "seg_core", "seg_whole", "fusion", "cls")
 
 # ------------------------------------------------------------------ records
 
@@ -118,9 +118,12 @@ def all_outputs(model, image: np.ndarray, config, device) -> dict[str, np.ndarra
 
     def run(windows):
         with evaluation.autocast(device, config.amp):
+            windows = evaluation.see(windows, config.modality)
             out = model(windows[:, :1], windows[:, 1:])
         maps = {"margin": margins(out.seg)}
-        if model.variant.fused:  # the θ-combination, last column of Fig. 7
+        if (
+            model.variant.fused and model.theta is not None
+        ):  # the θ-combination, last column of Fig. 7
             maps["fused"] = out.seg.float().softmax(1)[:, 1:]
         for name in ("ct_rec", "pet_rec"):
             maps[name] = getattr(out, name)
@@ -207,23 +210,25 @@ def example_row(model, case: Case, config, device) -> dict[str, dict]:
         }
 
     ct_name, pet_name = ("CT", "PET (SUV 0-10)") if petct else ("FLAIR", "T1Gd")
-    pet_style = {"cmap": "gray_r", "span": (0, 10 / 15)} if petct else {}
+    top_suv = PREPROCESSING["petct"].clip[1][1]  # what 1.0 stands for
+    pet_style = {"cmap": "gray_r", "span": (0, 10 / top_suv)} if petct else {}
     panels = {ct_name: panel(image[0]), pet_name: panel(image[1], **pet_style)}
+    of_pet = {"edema+core": "whole"}.get(model.variant.pet, model.variant.pet)  # 1 - p(background)
     heat = {"cmap": "inferno", "span": (0, 1)}
     titles = {
         "ct_rec": (f"{ct_name} branch: reconstruction", {}),
-        "ct_seg": (f"{ct_name} branch: p({'lesion' if petct else 'edema'})", heat),
-        "pet_seg": (f"{pet_name.split()[0]} branch: p({'lesion' if petct else 'core'})", heat),
+        "ct_seg": (f"{ct_name} branch: p({model.variant.ct})", heat),
+        "pet_seg": (f"{pet_name.split()[0]} branch: p({of_pet})", heat),
         "pet_rec": (f"bottleneck: {pet_name.split()[0]}", pet_style),
         "btl_seg": ("bottleneck: p(whole)", heat),
-        "fused": (f"fused, θ = {model.theta.item():.2f}: p(lesion)", heat),
+        "fused": ("fused with θ: p(lesion)", heat),
     }
     for name, (title, style) in titles.items():
         if name in out:
             panels[title.replace(": ", ":\n")] = panel(out[name][0], **style)
     base = {"volume": image[1], **pet_style} if petct else {"volume": image[0]}
     if petct:
-        hot = image[1] * 15 >= 4
+        hot = image[1] * top_suv >= THRESHOLD_SUV
         panels["SUV ≥ 4"] = panel(**base, prediction=cut(hot))
     panels["prediction"] = panel(**base, **outlines(bits, "prediction"))
     panels["truth"] = panel(**base, **outlines(truth, "truth"))

@@ -20,7 +20,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pandas as pd
+import scipy
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -29,12 +32,11 @@ from tqdm import tqdm
 
 import eval as evaluation
 import plots
+from baselines import MASKS, ONE_MODALITY, SYSTEMS
 from data import (
     PHANTOM,
-    PREPROCESSING,
     Case,
     Patches,
-    Preprocessing,
     Schedule,
     UserError,
     add_noise,
@@ -42,6 +44,7 @@ from data import (
     find_studies,
     make_splits,
     prepare,
+    preprocessing,
     progress,
     read_json,
     read_splits,
@@ -50,7 +53,7 @@ from data import (
     write_phantom,
 )
 from losses import LOSSES, Batch, gradient_norms
-from mirror_unet import DATA_NAMES, STRIDE, MirrorUNet, count_parameters, variant_of
+from mirror_unet import DATA_NAMES, STRIDE, MirrorUNet, Variant, count_parameters, variant_of
 
 
 def option(default=None, help="", **more):
@@ -62,7 +65,10 @@ def option(default=None, help="", **more):
 class Config:
     """Every option of a run. None means: as DEFAULTS says for the kind of data."""
 
-    version: str = option("v2", "task combination, Fig. 2: v1 v2 v3 v4; MRI: v1 v2 v2-rec")
+    version: str = option(
+        "v2",
+        "task combination, Fig. 2: v1 v2 v3 v4; MRI: v1 v2 v2-rec; or a row of baselines.SYSTEMS",
+    )
     shared: tuple[int, ...] = option(
         (5,), "shared layers L of 1..8; none if empty", type=int, nargs="*"
     )
@@ -71,6 +77,9 @@ class Config:
     out: str | None = option(None, "run folder; default runs/<version>-L<layers>, numbered")
     resume: bool = option(False, "go on with the run in --out (or start it), also to more --epochs")
 
+    modality: str = option(
+        "both", "v1-v3: give both branches CT or PET (Sec. 4.2)", choices=("both", "ct", "pet")
+    )
     bottleneck: str = option(
         "own", "decoders start from their own bottom (Eq. 1) or from both", choices=("own", "joint")
     )
@@ -109,10 +118,24 @@ class Config:
     spacing: tuple[float, ...] | None = option(
         None, "voxel size in mm; one or three", type=float, nargs="+"
     )
-    lesion_p: float = option(2 / 3, "probability that a lesion voxel is a crop's centre")
-    lr: float = option(1e-3, "Adam's learning rate")
-    lr_drop: int | None = option(None, "epoch from which lr is a tenth; 0: never", type=int)
-    weight_decay: float = option(1e-6, "Adam's weight decay")
+    lesion_p: float | None = option(
+        None, "probability that a lesion voxel is a crop's centre [2/3]", type=float
+    )
+    recipe: str = option(
+        "matched", "of a compared system: Mirror U-Net's or its own", choices=("matched", "own")
+    )
+    optimizer: str | None = option(
+        None, "Adam or SGD with Nesterov momentum 0.99 [adam]", choices=("adam", "sgd")
+    )
+    lr: float | None = option(None, "learning rate [1e-3]", type=float)
+    schedule: str | None = option(
+        None,
+        "of lr: a tenth from --lr-drop on, polynomial 0.9, cosine, or 0.985 per epoch [step]",
+        choices=("step", "poly", "cosine", "exp"),
+    )
+    lr_drop: int | None = option(None, "lr is a tenth after this epoch; 0: never", type=int)
+    weight_decay: float | None = option(None, "weight decay [1e-6]", type=float)
+    clip: float | None = option(None, "largest gradient norm; 0: any [0]", type=float)
 
     amp: str = option(
         "auto",
@@ -130,9 +153,9 @@ class Config:
     split_seed: int = option(0, "seed of the split")
     splits: str | None = option(None, "JSON with train, val, test, instead of folds")
     val_every: int | None = option(None, "validate every so many epochs", type=int)
-    overlap: float = option(0.25, "overlap of inference windows")
-    window_weights: str = option(
-        "constant", "weights inside a window", choices=("constant", "gaussian")
+    overlap: float | None = option(None, "overlap of inference windows [0.25]", type=float)
+    window_weights: str | None = option(
+        None, "weights inside a window [constant]", choices=("constant", "gaussian")
     )
     window_batch: int = option(4, "inference windows at once")
     cache: str = option("cache", "folder of the preprocessed studies")
@@ -140,8 +163,11 @@ class Config:
     skip_bad: bool = option(False, "leave out studies that fail the input check")
 
 
+# The recipe of all systems (Sec. 3.4; the released code's lr falls at epoch 250).
+RECIPE = dict(optimizer="adam", lr=1e-3, schedule="step", weight_decay=1e-6, clip=0.0,
+              lesion_p=2 / 3, overlap=0.25, window_weights="constant")  # fmt: skip
 DEFAULTS = {
-    # Sec. 3.4; the released code's epoch is 4 crops of every study and its lr falls at 250.
+    # Sec. 3.4; in the released code an epoch is 4 crops of every PET/CT study, 1 of an MRI.
     "petct": dict(epochs=400, batch_size=4, crops=4, patch=(96, 96, 96), spacing=(2.0, 2.0, 3.0),
                   lr_drop=250, val_every=5, folds=5),
     "mri": dict(epochs=400, batch_size=4, crops=1, patch=(224, 224, 144), spacing=(1.0, 1.0, 1.0),
@@ -159,19 +185,29 @@ LAUNCH = {"out", "resume", "data", "cache", "check", "skip_bad", "workers", "dev
 
 def resolve(config: Config, kind: str, phantom: bool) -> Config:
     """Fill the Nones for this kind of data and reject what does not fit. Raises UserError."""
+    system = SYSTEMS.get(config.version)
+    version, modality = ONE_MODALITY.get(config.version, (config.version, None))
     try:
-        variant = variant_of(kind, config.version)
+        variant = Variant(*2 * (MASKS[kind],)) if system else variant_of(kind, version)
     except ValueError as error:
-        raise UserError(f"--version: {error}") from None
+        others = ", ".join((*ONE_MODALITY, *SYSTEMS))
+        raise UserError(f"--version: {error}; or a compared system: {others}.") from None
+    if modality and config.modality not in ("both", modality):
+        raise UserError(f"--modality {config.modality}: {config.version} is {modality} alone.")
     if config.kind not in (None, kind):
         raise UserError(
             f"--data: holds {DATA_NAMES[kind]} studies, the run was made for "
             f"{DATA_NAMES[config.kind]}. Give data of that kind."
         )
-    table = DEFAULTS["phantom" if phantom else kind]
+    table = RECIPE | DEFAULTS["phantom" if phantom else kind]
+    if config.recipe == "own":
+        if not (system and system.own):
+            raise UserError(f"--recipe own: none is known for {config.version}. Leave it out.")
+        table |= system.own
     values = {k: v for k, v in table.items() if getattr(config, k) is None} | {"kind": kind}
+    values["modality"] = modality or config.modality
     applies = {
-        "theta": (variant.fused, 0.2),
+        "theta": (variant.fused and not system, 0.2),
         "lambda_rec": ("rec" in (variant.ct, variant.btl), 1e-4 if config.rec == "l2" else 1e-3),
         "lambda_seg": (not variant.fused, 0.5 if variant.exclusive else 1 / 3),
         "lambda_cls": (variant.tumor, 1e-3),
@@ -182,6 +218,7 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
         elif not used:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has no effect on {config.version} ({kind}). Leave it out.")
+    refuse_unused(config, variant, system is not None)
     if config.phi is None:
         values["phi"] = "shuffle" if variant.phi else "none"
     elif config.phi != "none" and not variant.phi:
@@ -199,6 +236,27 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
     if config.phi == "shuffle" and config.shuffle_edge > min(config.patch):
         raise UserError(f"--shuffle-edge {config.shuffle_edge} exceeds a side of {config.patch}.")
     return check_numbers(config)
+
+
+def refuse_unused(config: Config, variant: Variant, system: bool) -> None:
+    """Raise UserError for an option that was set and that this version does not read."""
+    rec = "rec" in (variant.ct, variant.btl)
+    used = {
+        "shared": not system,
+        "rec": rec,
+        "class_label": variant.tumor or system,
+        "classifier": variant.tumor,
+        "bottleneck": not system,
+        "norm": not system or config.version == "valindria",
+        "modality": rec and variant.pet == "lesion",
+        "noise_sigma": config.phi == "noise",
+        "shuffle_edge": config.phi in (None, "shuffle") and variant.phi,
+        "shuffle_count": config.phi in (None, "shuffle") and variant.phi,
+    }
+    for name, applies in used.items():
+        if not applies and getattr(config, name) != getattr(Config, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} has no effect on {config.version} here. Leave it out.")
 
 
 def check_numbers(config: Config) -> Config:
@@ -338,18 +396,23 @@ class Ranks:
 # ------------------------------------------------------------------ parts of a run
 
 
-def build_model(config: Config) -> MirrorUNet:
-    """The seeded network of a resolved config."""
+def build_model(config: Config) -> nn.Module:
+    """The seeded network of a resolved config. Raises UserError if the patch does not fit it."""
     torch.manual_seed(config.seed)
+    if config.version in SYSTEMS:
+        model = SYSTEMS[config.version].build(config)
+        if any(side % model.stride or side < model.least for side in config.patch):
+            raise UserError(
+                f"--patch {config.patch}: {config.version} takes sides that divide by "
+                f"{model.stride} and are at least {model.least}."
+            )
+        return model
+    version, _ = ONE_MODALITY.get(config.version, (config.version, None))
     theta = 0.2 if config.theta is None else config.theta
     return MirrorUNet(
-        config.version, config.shared, config.kind, theta, config.bottleneck, config.norm,
+        version, config.shared, config.kind, theta, config.bottleneck, config.norm,
         config.classifier,
     )  # fmt: skip
-
-
-def preprocessing(config: Config) -> Preprocessing:
-    return replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
 
 
 def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Config, list[Case]]:
@@ -388,11 +451,11 @@ def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[s
 
 
 def name_run(config: Config) -> Path:
-    """runs/<version>-L<layers>, with a number behind it if that is taken."""
-    layers = "".join(map(str, config.shared)) or "none"
-    base = Path("runs") / f"{config.version}-L{layers}"
+    """runs/<version>-L<layers>, with a number behind it if that is taken; systems have no L."""
+    layers = "" if config.version in SYSTEMS else f"-L{''.join(map(str, config.shared)) or 'none'}"
+    base = Path("runs") / f"{config.version}{layers}"
     names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10000))]
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if not (path / "config.json").exists())
 
 
 @contextlib.contextmanager
@@ -459,8 +522,7 @@ def about() -> dict:
     return {
         "commit": git("rev-parse", "HEAD") + changed,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
+        **{m.__name__: str(m.__version__) for m in (torch, np, scipy, nibabel, pd)},
         "platform": platform.platform(),
     }
 
@@ -502,6 +564,28 @@ def step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def loss_function(config: Config) -> Callable:
+    """The loss of a resolved config: an equation of the paper, or that of a compared system."""
+    if config.version in SYSTEMS:
+        return SYSTEMS[config.version].loss
+    version, _ = ONE_MODALITY.get(config.version, (config.version, None))
+    return LOSSES[config.kind][version]
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """The learning rate of an epoch, counted from 0."""
+    done = epoch / config.epochs
+    return (
+        config.lr
+        * {
+            "step": 0.1 if config.lr_drop and epoch >= config.lr_drop else 1,
+            "poly": (1 - done) ** 0.9,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "exp": 0.985**epoch,
+        }[config.schedule]
+    )
+
+
 def transform_ct(ct: torch.Tensor, config: Config) -> torch.Tensor:
     """Φ(x_C) of Eq. 1, in training only."""
     if config.phi == "noise":
@@ -511,12 +595,14 @@ def transform_ct(ct: torch.Tensor, config: Config) -> torch.Tensor:
     return ct
 
 
-def make_optimizer(model: MirrorUNet, config: Config, device: torch.device):
-    """Adam (Sec. 3.4); θ, where learned, without weight decay."""
-    weights = [p for n, p in model.named_parameters() if p.requires_grad and n != "theta"]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}]
-    if model.theta.requires_grad:
-        groups.append({"params": [model.theta], "weight_decay": 0.0})
+def make_optimizer(model: nn.Module, config: Config, device: torch.device):
+    """Adam (Sec. 3.4) or SGD (nnU-Net); learned scalars (θ, SF-Net's s) do not decay."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in learned if p.dim()], "weight_decay": config.weight_decay}]
+    if scalars := [p for p in learned if not p.dim()]:
+        groups.append({"params": scalars, "weight_decay": 0.0})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.99, nesterov=True)
     return torch.optim.Adam(groups, lr=config.lr, fused=device.type == "cuda")
 
 
@@ -533,8 +619,7 @@ def val_dice(rows: list[dict]) -> float:
 
 def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ranks, bar) -> dict:
     """One pass; its row of metrics.csv. `net` is `model`, compiled or data-parallel if asked."""
-    loss_of = LOSSES[config.kind][config.version]
-    lr = config.lr * (0.1 if config.lr_drop and epoch >= config.lr_drop else 1)
+    loss_of, lr = loss_function(config), learning_rate(config, epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
@@ -545,6 +630,7 @@ def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ra
         waited += time.perf_counter() - waiting
         torch.manual_seed(step_seed(config.seed, epoch, step, ranks.rank))
         image = item["image"].to(device, non_blocking=True).float()  # (B, 2, W, H, D)
+        image = evaluation.see(image, config.modality)
         ct, pet = image[:, :1], image[:, 1:]
         batch = Batch(ct, pet, item["mask"].to(device), item["tumor"].to(device))
         with evaluation.autocast(device, config.amp):
@@ -554,9 +640,12 @@ def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ra
             norms = gradient_norms(terms, model.shared_parameters())
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(sum(terms.values())).backward()
+        if config.clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         scaler.step(optimizer)
         scaler.update()
-        if model.theta.requires_grad:  # the weight of CT stays a weight
+        if config.theta == "learn":  # the weight of CT stays a weight
             model.theta.data.clamp_(0, 1)
         values = torch.stack([term.detach() for term in terms.values()])
         sums = values if sums is None else sums + values
@@ -588,12 +677,18 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
     say = print if ranks.main else lambda text: None
     for turn in (True, False):  # rank 0 fills the cache, then the others read it
         if ranks.main == turn:
-            config, cases = open_data(config, say)
+            check = config.check and turn  # only rank 0 may rewrite the cache
+            config, cases = open_data(replace(config, check=check), say)
         ranks.barrier()
     config = choose_amp(config, device)
     if config.batch_size % ranks.world:
         raise UserError(
             f"--batch-size {config.batch_size} does not divide by {ranks.world} devices."
+        )
+    if max(config.patch) == STRIDE and config.batch_size == ranks.world:
+        raise UserError(
+            f"--patch {config.patch} with one crop per device leaves batch norm a single value at "
+            "the bottom. Use a larger --patch or --batch-size."
         )
     run = Path(ranks.first(lambda: config.out or str(name_run(config))))
     with only_writer(run) if ranks.main else contextlib.nullcontext():
@@ -602,18 +697,24 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
 
 def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say) -> dict:
     """train() once the data are open and the run folder is ours."""
-    last, best = run / "last.pt", run / "best.pt"
     saved = ranks.first(lambda: start_run(run, config))
+    if saved and ranks.first(lambda: is_finished(run, config)):
+        say(
+            f"finished   {run} has its {config.epochs} epochs and test results; --epochs extends it"
+        )
+        return result_of(run)
     splits = ranks.first(lambda: choose_splits(config, cases, run if saved else None))
     by_name = {case.name: case for case in cases}
     parts = {part: [by_name[name] for name in names] for part, names in splits.items()}
+    if not any(case.has_lesion for case in parts["val"]):
+        say("splits     no lesion in the validation part: best.pt is the last validated epoch")
 
     model = build_model(config).to(device, memory_format=torch.channels_last_3d)
     optimizer = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     start, best_dice, rows = 0, -math.inf, []
     if saved:
-        checkpoint = load_checkpoint(last)
+        checkpoint = load_checkpoint(run / "last.pt")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -621,7 +722,7 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
         rows = plots.read_metrics(run, start)
     if ranks.main:
         write_json(run / "splits.json", splits)
-        write_json(run / "config.json", {"config": plain(config), **about()})
+        write_json(run / "config.json", {"config": plain(config), "ran_on": device.type, **about()})
     crops = Patches(parts["train"], config.patch, config.seed, config.lesion_p, config.class_label)
     steps = config.steps or -(-len(crops.cases) * config.crops // config.batch_size)
     loader = DataLoader(
@@ -633,13 +734,11 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
     )
     net = parallel(model, config, device, ranks)
     say(
-        f"model      Mirror U-Net {config.version}, L={{{', '.join(map(str, config.shared))}}}, "
-        f"Φ {config.phi}, {count_parameters(model) / 1e6:.2f} M parameters\n"
+        f"model      {title(config)}, {count_parameters(model) / 1e6:.2f} M parameters\n"
         f"splits     {', '.join(f'{len(own)} {part}' for part, own in parts.items())}\n"
         f"run        {run}, epochs {start + 1} to {config.epochs} of {steps} steps of "
         f"{config.batch_size} crops {config.patch}, {device}, amp {config.amp}"
     )
-    finished = read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     writer = plots.tensorboard(run, start) if ranks.main and start < config.epochs else None
     total = (config.epochs - start) * steps * config.batch_size
     drawn = time.perf_counter()
@@ -660,15 +759,7 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 row["val_dice"] = val_dice(ranks.gather(scored))
             rows.append(row)
             if ranks.main:
-                shared = {"config": plain(config, weights_only=True), "epoch": epoch + 1}
-                weights = shared | {"model": model.state_dict()}
-                dice = row.get("val_dice", -math.inf)
-                if dice > best_dice or (math.isnan(dice) and best_dice == -math.inf):
-                    best_dice = max(best_dice, -math.inf if math.isnan(dice) else dice)
-                    save_checkpoint(best, weights | {"val_dice": dice})
-                plots.write_metrics(run, rows)
-                resume_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save_checkpoint(last, weights | resume_state | {"best_dice": best_dice})
+                best_dice = save_epoch(run, config, model, optimizer, scaler, rows, best_dice)
                 plots.log_epoch(writer, row)
                 left = row["seconds"] * (config.epochs - epoch - 1)
                 tqdm.write(plots.epoch_line(row, left, first=epoch == start))
@@ -679,10 +770,39 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 report(row)
     if writer:
         writer.close()
-    if start >= config.epochs and finished.get("epochs") == start:
-        say(f"finished   {run} has its {start} epochs and its test results; --epochs extends it")
-        return result_of(run)
     return test(run, config, model, parts["test"], device, ranks, say)
+
+
+def is_finished(run: Path, config: Config) -> bool:
+    """Whether the run has the test results of the epochs asked for."""
+    summary = run / "summary.json"
+    done = load_checkpoint(run / "last.pt")["epoch"]
+    return done == config.epochs and summary.exists() and read_json(summary)["epochs"] == done
+
+
+def title(config: Config) -> str:
+    """What is trained, in words."""
+    if config.version in SYSTEMS:
+        return f"{config.version}, {config.recipe} recipe"
+    layers = ", ".join(map(str, config.shared))
+    joint = ", joint bottleneck (0.26 M more)" if config.bottleneck == "joint" else ""
+    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{joint}"
+
+
+def save_epoch(run, config, model, optimizer, scaler, rows: list[dict], best_dice: float) -> float:
+    """Write best.pt if the epoch's validation is the best so far, metrics.csv, then last.pt, in
+    this order: whatever a kill leaves, going on from last.pt writes the rest again. Returns the
+    best validation Dice. Without lesions to validate on, the last validated epoch is the best."""
+    shared = {"config": plain(config, weights_only=True), "epoch": rows[-1]["epoch"]}
+    weights = shared | {"model": model.state_dict()}
+    dice = rows[-1].get("val_dice", -math.inf)
+    if dice > best_dice or (math.isnan(dice) and best_dice == -math.inf):
+        best_dice = max(best_dice, -math.inf if math.isnan(dice) else dice)
+        save_checkpoint(run / "best.pt", weights | {"val_dice": dice})
+    plots.write_metrics(run, rows)
+    resume_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    save_checkpoint(run / "last.pt", weights | resume_state | {"best_dice": best_dice})
+    return best_dice
 
 
 def start_run(run: Path, config: Config) -> bool:
@@ -709,13 +829,18 @@ def start_run(run: Path, config: Config) -> bool:
     return True
 
 
-def parallel(model: MirrorUNet, config: Config, device: torch.device, ranks: Ranks) -> nn.Module:
+def parallel(model: nn.Module, config: Config, device: torch.device, ranks: Ranks) -> nn.Module:
     """The network as the loop calls it: data-parallel under torchrun, compiled with --compile."""
     net: nn.Module = model
     if ranks.world > 1:
         # buffers are averaged before validation instead (Ranks.average_buffers)
         ids = [device.index] if device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(
+            net,
+            device_ids=ids,
+            broadcast_buffers=False,
+            find_unused_parameters=config.version == "valindria",  # a step runs one branch
+        )
     if config.compile:
         # gradient_norms walks the graph before backward() does
         torch._functorch.config.donated_buffer = False
@@ -723,8 +848,9 @@ def parallel(model: MirrorUNet, config: Config, device: torch.device, ranks: Ran
     return net
 
 
-def test(run: Path, config: Config, model: MirrorUNet, cases, device, ranks: Ranks, say) -> dict:
+def test(run: Path, config: Config, model: nn.Module, cases, device, ranks: Ranks, say) -> dict:
     """Evaluate best.pt on the test part: test_studies.csv, summary.json, curves and examples."""
+    ranks.barrier()  # rank 0 may still be writing best.pt
     best = load_checkpoint(run / "best.pt")
     model.load_state_dict(best["model"])
     mine = cases[ranks.rank :: ranks.world]
@@ -783,8 +909,13 @@ def command_line(action: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Choose another path.", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, train.py --resume goes on", file=sys.stderr)
+        print("stopped; what was finished is kept (train.py --resume goes on)", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -324,7 +324,7 @@ def test_out_of_memory_for_one_window_says_so():
 
 CONFIG = replace(
     train.Config(), kind="petct", patch=(16, 16, 16), spacing=(4.0, 4.0, 4.0), amp="none",
-    device="cpu", threads=1, workers=0,
+    device="cpu", threads=1, workers=0, overlap=0.25, window_weights="constant",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -694,8 +694,8 @@ def test_table_of_two_runs(table, runs):
     assert [Path(name).name for name in names] == ["v1", "v3", "SUV ≥ 4 threshold"]
     assert "T accuracy" in table[0] and len(table) == 5
     for run in runs:
-        frame = pd.read_csv(run / "test_studies.csv")
-        summary = json.loads((run / "summary.json").read_text())
+        frame = pd.read_csv(run / "evaluation" / "test_studies.csv")
+        summary = json.loads((run / "evaluation" / "summary.json").read_text())
         assert sorted(frame["study"]) == json.loads((run / "splits.json").read_text())["test"]
         assert ("tumor_score" in frame) == (run.name == "v3")
         mean = frame.loc[frame["has_lesion"], "dice"].mean()
@@ -707,7 +707,7 @@ def test_predictions_of_unlabelled_studies_match_the_evaluation(
     table, runs, cohort, tmp_path, capsys
 ):
     """--predict writes what the evaluation measured: the same volume for each study."""
-    frame = pd.read_csv(runs[0] / "test_studies.csv").set_index("study")
+    frame = pd.read_csv(runs[0] / "evaluation" / "test_studies.csv").set_index("study")
     for name in frame.index:
         shutil.copytree(cohort / name, tmp_path / "in" / name)
         (tmp_path / "in" / name / "SEG.nii.gz").unlink()
@@ -724,11 +724,25 @@ def test_predictions_of_unlabelled_studies_match_the_evaluation(
 
 
 def test_other_parts_and_folders_leave_the_test_results_alone(table, runs, tmp_path, capsys):
-    before = (runs[0] / "test_studies.csv").read_bytes()
+    results = runs[0] / "evaluation" / "test_studies.csv"
+    before = results.read_bytes()
     evaluation.run_command([str(runs[0]), "--part", "val", "--out", str(tmp_path)])
     assert {p.name for p in (tmp_path / "v1").iterdir()} == {"val_studies.csv", "val_summary.json"}
-    assert (runs[0] / "test_studies.csv").read_bytes() == before
+    assert results.read_bytes() == before and not (runs[0] / "summary.json").exists()
     assert "v1" in capsys.readouterr().out
+
+
+def test_moved_data_are_still_tested_on_the_test_part(table, runs, cohort, tmp_path, capsys):
+    shutil.copytree(cohort, tmp_path / "moved")
+    moved = ["--data", str(tmp_path / "moved"), "--out", str(tmp_path / "out")]
+    evaluation.run_command([str(runs[0]), *moved])
+    splits = json.loads((runs[0] / "splits.json").read_text())
+    frame = pd.read_csv(tmp_path / "out" / "v1" / "test_studies.csv")
+    assert sorted(frame["study"]) == splits["test"]
+    capsys.readouterr()
+    evaluation.run_command([str(runs[0]), *moved, "--part", "all"])
+    seen = len(splits["train"]) + len(splits["val"])
+    assert f"{seen} of these" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,7 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch):
     for _ in range(3):
         path = train.name_run(config)
         path.mkdir(parents=True)
+        (path / "config.json").touch()  # a folder without it holds no run
         names.append(path.as_posix())
     assert names == ["runs/v1-L456", "runs/v1-L456-2", "runs/v1-L456-3"]
     assert train.name_run(train.Config(shared=())).name == "v2-Lnone"
@@ -815,6 +816,36 @@ def test_files_of_a_resumed_run_are_byte_identical(base, finished, tmp_path, no_
     for name in ("best.pt", "last.pt"):
         same = Path(run / name).read_bytes() == (finished[0] / name).read_bytes()
         assert same, name
+
+
+def test_a_run_that_failed_before_training_leaves_its_name_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "v2-L5").mkdir(parents=True)
+    assert train.name_run(train.Config()).name == "v2-L5"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"version": "v4", "rec": "mse"},
+        {"version": "v2", "class_label": "volume"},
+        {"version": "v1", "classifier": "pet"},
+        {"version": "v2", "phi": "none", "shuffle_count": 3},
+        {"version": "v2", "noise_sigma": 0.1},
+        {"version": "v4", "modality": "ct"},
+        {"version": "ct", "bottleneck": "joint"},
+        {"version": "v2", "recipe": "own"},
+        {"version": "v3_ct_only", "modality": "pet"},
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options):
+    with pytest.raises(UserError, match="--"):
+        train.resolve(replace(train.Config(), **options), "petct", False)
+
+
+def test_a_value_too_few_for_batch_norm_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match="batch norm"):
+        train.train(replace(base, out=str(tmp_path / "run"), batch_size=1))
 
 
 def test_git_is_not_needed(monkeypatch):
