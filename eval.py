@@ -599,10 +599,10 @@ def load_run(run: Path, checkpoint: str, given: dict):
     """Model, config and device of a trained run, with the options `given` on the command line."""
     from train import (
         build_model,
-        check_numbers,
         choose_amp,
         choose_device,
         load_checkpoint,
+        resolve,
         saved_config,
     )
 
@@ -610,7 +610,7 @@ def load_run(run: Path, checkpoint: str, given: dict):
     dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
     weights["val_dice"] = None if math.isnan(dice_then) else dice_then
     config = replace(saved_config(run), **given)
-    check_numbers(config)
+    config = resolve(config, config.kind, phantom=config.data is None)
     device = choose_device(config.device)
     if "amp" not in given and device.type != read_json(run / "config.json").get("ran_on"):
         config = replace(config, amp="auto")  # trained on another kind of device

@@ -732,6 +732,16 @@ def test_other_parts_and_folders_leave_the_test_results_alone(table, runs, tmp_p
     assert "v1" in capsys.readouterr().out
 
 
+def test_a_run_saved_before_an_option_existed_is_still_read(table, runs, tmp_path):
+    run = tmp_path / "old"
+    shutil.copytree(runs[0], run)
+    record = json.loads((run / "config.json").read_text())
+    for name in ("optimizer", "overlap", "modality", "recipe"):
+        del record["config"][name]
+    (run / "config.json").write_text(json.dumps(record))
+    assert evaluation.load_run(run, "best", {})[1].overlap == 0.25
+
+
 def test_moved_data_are_still_tested_on_the_test_part(table, runs, cohort, tmp_path, capsys):
     shutil.copytree(cohort, tmp_path / "moved")
     moved = ["--data", str(tmp_path / "moved"), "--out", str(tmp_path / "out")]
