@@ -42,6 +42,7 @@ class System(nn.Module):
     heads: tuple[str, ...] = ("seg",)  # the fields of Output that the network fills
     stride = STRIDE  # the sides of a patch divide by this
     least = STRIDE  # and are no smaller than this
+    one_value = STRIDE  # side of a patch that leaves batch norm one voxel; 0 without batch norm
     theta = None  # Mirror U-Net has one
 
     def __init__(self, kind: str = "petct"):
@@ -55,6 +56,10 @@ class System(nn.Module):
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that two branches share; none unless the network has two."""
         return []
+
+    def step_options(self, number: int) -> dict:
+        """What a training step passes to forward; number: random, the same on all devices."""
+        return {}
 
     def wanted(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None) -> set[str]:
         """The fields to compute: `heads`, or all. Raises ValueError for patches that do not fit."""
@@ -145,6 +150,7 @@ class PlainUNet(System):
     """
 
     heads = ("seg", "extra")
+    one_value = 0
 
     def __init__(self, kind: str, widths: tuple[int, ...]):
         super().__init__(kind)
@@ -218,6 +224,7 @@ class BlackbeanReleased(System):
     """
 
     least = 2 * STRIDE  # instance norm needs more than one voxel at the bottom
+    one_value = 0
 
     def __init__(self, kind: str = "petct"):
         super().__init__(kind)
@@ -307,6 +314,8 @@ class SegResNet(System):
     modalities and three sigmoids.
     """
 
+    one_value = 0
+
     def __init__(self, kind: str = "mri", filters: int = 16):
         super().__init__(kind)
         self.encoder = ResEncoder(2, filters, bias=False)
@@ -331,6 +340,7 @@ class SFNet(System):
     """
 
     heads = ("seg", "extra")
+    one_value = 0
 
     def __init__(self, kind: str = "petct", filters: int = 16):
         super().__init__(kind)
@@ -500,11 +510,12 @@ class DeepMTS(System):
     the U-Net's and the DenseNet's maps, so its gradient reaches the mask.
     Choice: the outcome is whether there is a lesion, not survival, and there are no clinical data;
     for MRI the DenseNet sees the probability of edema or core. The original's L2 penalty of 0.1 on
-    the outcome's linear layers belongs to its own recipe; PyTorch's defaults for batch norm.
+    the outcome's linear layers is left out; PyTorch's defaults for batch norm.
     """
 
     heads = ("seg", "tumor")
     least = 2 * STRIDE  # what the DenseNet, unpadded, needs for its last map
+    one_value = 2 * STRIDE
 
     def __init__(self, kind: str = "petct"):
         super().__init__(kind)
@@ -586,6 +597,7 @@ class Weninger(System):
     """
 
     heads = ("seg", "ct_rec", "pet_rec", "tumor")
+    one_value = 0
 
     def __init__(self, kind: str = "petct", filters: int = 16):
         super().__init__(kind)
@@ -628,6 +640,7 @@ class Valindria(System):
     """
 
     heads = ("seg", "ct_seg", "pet_seg")
+    branches = ("ct", "pet")  # reported beside their mean
 
     def __init__(self, kind: str = "petct", norm: str = "shared"):
         super().__init__(kind)
@@ -641,6 +654,9 @@ class Valindria(System):
         ct = {id(p) for p in self.ct.parameters()}
         return [p for p in self.pet.parameters() if id(p) in ct]
 
+    def step_options(self, number: int) -> dict:
+        return {"branch": ("ct", "pet")[number % 2]}
+
     def forward(
         self,
         ct: Tensor,
@@ -650,8 +666,6 @@ class Valindria(System):
     ) -> Output:
         """branch: "ct" or "pet" runs that branch only, and its logits are `seg`."""
         want = self.wanted(ct, pet, heads)
-        if self.training and branch is None:
-            branch = ("ct", "pet")[int(torch.randint(2, ()))]  # train.py seeds every step
         out = {}
         for name, layers, image in (("ct", self.ct, ct), ("pet", self.pet, pet)):
             if branch in (None, name) and want & {"seg", f"{name}_seg"}:
@@ -689,20 +703,20 @@ SYSTEMS = {
         lambda c: NNUNet(c.kind, c.patch),
         loss_deep,
         dict(optimizer="sgd", lr=1e-2, weight_decay=3e-5, schedule="poly", clip=12.0, epochs=1000,
-             batch_size=2, patch=(128, 128, 128), lesion_p=1 / 3, overlap=0.5,
+             steps=250, batch_size=2, patch=(128, 128, 128), lesion_p=1 / 3, overlap=0.5,
              window_weights="gaussian"),
     ),
     "blackbean": Row(
         lambda c: Blackbean(c.kind),
         loss_deep,
         dict(optimizer="sgd", lr=1e-4, weight_decay=3e-5, schedule="poly", clip=12.0, epochs=1000,
-             batch_size=2, patch=(192, 192, 192), lesion_p=1 / 3, overlap=0.5,
+             steps=250, batch_size=2, patch=(192, 192, 192), lesion_p=1 / 3, overlap=0.5,
              window_weights="gaussian"),
     ),
     "blackbean_released": Row(
         lambda c: BlackbeanReleased(c.kind),
-        own=dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly", batch_size=1,
-                 patch=(192, 192, 192), lesion_p=1 / 2),
+        own=dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly", epochs=1000,
+                 steps=250, batch_size=1, patch=(192, 192, 192), lesion_p=1 / 2),
     ),
     "sfnet": Row(
         lambda c: SFNet(c.kind),
@@ -730,6 +744,7 @@ SYSTEMS = {
                  overlap=0.5),
     ),
 }  # fmt: skip
+CLASSIFYING = ("andrearczyk", "deepmts", "weninger")  # systems that learn --class-label
 # Mirror U-Net that is given one modality in both places, in training and in evaluation (Table 4).
 ONE_MODALITY = {"v3_ct_only": ("v3", "ct"), "v3_pet_only": ("v3", "pet")}
 LATE_FUSIONS = ("logits", "union", "intersection")  # of a `ct` and a `pet` run, Table 3

@@ -235,8 +235,8 @@ def see(images: Tensor, modality: str) -> Tensor:
 
 
 def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.ndarray, float]:
-    """Margins (K, W, H, D) of one preprocessed study and, if "tumor" is in heads, the highest
-    tumour probability of a window (NaN otherwise). Only `heads` are computed."""
+    """Margins (K, W, H, D) of the first of `heads` for one preprocessed study and, if "tumor" is
+    another, the highest tumour probability of a window (else NaN). Only `heads` are computed."""
     pet_alone = config.bottleneck == "own" and model.variant.ct == "rec" and heads == ("seg",)
     reads = {"both": (1,) if pet_alone else (0, 1), "ct": (0,), "pet": (1,)}[config.modality]
 
@@ -246,7 +246,7 @@ def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.
             windows = see(windows, config.modality)
             out = model(windows[:, :1], windows[:, 1:], heads=heads)
         tumor = None if out.tumor is None else out.tumor.float().sigmoid()
-        return margins(out.seg.float()), tumor
+        return margins(getattr(out, heads[0]).float()), tumor
 
     model.eval()
     margin, tumor = sliding_window(
@@ -262,13 +262,13 @@ def bits(margin: np.ndarray, variant) -> np.ndarray:
     return sum(p.astype(np.uint8) << k for k, p in enumerate(present)).astype(np.uint8)
 
 
-def fuse_late(a: np.ndarray, b: np.ndarray, mode: str) -> np.ndarray:
-    """Late fusion of two networks' margins (Table 3): "logits" averages them, which has the mask of
-    their sum; "union" and "intersection" of the two masks have the larger and the smaller margin.
-    """
-    return {"logits": (a + b) / 2, "union": np.maximum(a, b), "intersection": np.minimum(a, b)}[
-        mode
-    ]
+def fuse_late(a: np.ndarray, b: np.ndarray, mode: str, variant) -> np.ndarray:
+    """Bits of the late fusion of two networks' margins (Table 3): "logits" averages them, which has
+    the mask of their sum; "union" and "intersection" are those of their masks."""
+    if mode == "logits":
+        return bits((a + b) / 2, variant)
+    a, b = bits(a, variant), bits(b, variant)
+    return a | b if mode == "union" else a & b
 
 
 def label_map(margin: np.ndarray) -> np.ndarray:
@@ -295,7 +295,7 @@ def evaluate(
     metrics of the voxels with SUV >= 4. late: (second model, its config, mode of LATE_FUSIONS).
     """
     names = model.variant.classes
-    heads = ("seg", "tumor") if model.variant.tumor and native else ("seg",)
+    heads = ("seg", "tumor") if model.variant.tumor and native and not late else ("seg",)
     rows = []
     for case in progress(cases, bar, "study") if bar else cases:
         margin, tumor = infer(model, case.load("images"), config, device, heads)
@@ -309,7 +309,7 @@ def evaluate(
             margin = np.concatenate([margin, second])
 
             def classify(m, mode=mode):
-                return bits(fuse_late(*np.split(m, 2), mode), model.variant)
+                return fuse_late(*np.split(m, 2), mode, model.variant)
 
         row = {"study": case.name, "patient": case.patient, "has_lesion": case.has_lesion}
         if native:
@@ -324,6 +324,11 @@ def evaluate(
         if native and names == ("lesion",):
             hot = score(case.native("native_hot"), truth, names, spacing)
             row |= {f"suv4_{k}": v for k, v in hot.items() if k != "mtv_true_ml"}
+            for branch in getattr(model, "branches", ()):  # Valindria's, each for itself
+                alone, _ = infer(model, case.load("images"), config, device, (f"{branch}_seg",))
+                mask = to_native(case.meta, alone, lambda m: bits(m, model.variant))
+                own = score(mask, truth, names, spacing)
+                row |= {f"{branch}_{k}": v for k, v in own.items() if k != "mtv_true_ml"}
         if "tumor" in heads:
             row["tumor_score"] = tumor
         rows.append(row)
@@ -359,7 +364,8 @@ def summarize(rows: list[dict], kind: str) -> dict:
         }
     ill = frame["has_lesion"].astype(bool)
     summary = {}
-    for system, prefix in (("model", ""), (THRESHOLD, "suv4_")):
+    systems = {"model": "", "CT branch": "ct_", "PET branch": "pet_", THRESHOLD: "suv4_"}
+    for system, prefix in systems.items():
         if f"{prefix}dice" not in frame:
             continue
         summary[system] = {
@@ -455,85 +461,122 @@ def paired_p(ours: pd.Series, theirs: pd.Series) -> float:
     return float(stats.wilcoxon(difference).pvalue) if difference.any() else math.nan
 
 
-def finished_runs(root: Path) -> dict[str, Path]:
-    """The newest run with test results for each system below `root`, by its name.
+def finished_runs(root: Path, kind: str) -> dict[str, list[Path]]:
+    """Runs below `root` with test results, by system, newest last; "<system> own" for --recipe own.
 
     Only what train.py and --late-fusion write counts, not other evaluations of a run.
     """
-    newest = {}
+    runs: dict[str, list[Path]] = {}
     for summary in sorted(root.glob("**/summary.json"), key=lambda path: path.stat().st_mtime):
-        config = summary.parent / "config.json"
-        if config.exists() and (summary.parent / "test_studies.csv").exists():
-            newest[read_json(config)["config"]["version"]] = summary.parent
-    return newest
+        run = summary.parent
+        if not ((run / "config.json").exists() and (run / "test_studies.csv").exists()):
+            continue
+        record = read_json(run / "config.json")
+        saved = record.get("config", {}) if isinstance(record, dict) else {}
+        name = saved.get("version")
+        if name is None or saved.get("kind") != kind:
+            continue
+        if saved.get("modality", "both") != "both" and not name.endswith("_only"):
+            name = f"{name}_{saved['modality']}_only"
+        own = " own" if saved.get("recipe", "matched") == "own" else ""
+        runs.setdefault(name + own, []).append(run)
+    return runs
 
 
-def paper_table(number: int, root: Path) -> pd.DataFrame:
+def paper_table(number: int, root: Path) -> tuple[pd.DataFrame, list[str]]:
     """Table `number` of the paper: a row per system in its order, its figures beside ours.
 
-    Ours are means over the test studies (Dice in %, volumes in ml), with 95 % bootstrap intervals
-    (_low, _high), counts (_n) and, for Dice, the p of a paired test against the last row's system,
-    Mirror U-Net. Rows without a run are kept, empty.
+    Ours are means over the test studies (Dice in %, volumes in ml) as in `summarize`, with 95 %
+    bootstrap intervals (_low, _high), counts (_n) and, for Dice, the p of a paired test against
+    Mirror U-Net v3 (Table 5: v2) on the _p_n studies that both have. A system without a run keeps
+    its row, empty; runs with their own recipe follow in rows of their own. Also returns what a
+    reader of the table must know.
     """
-    runs = finished_runs(root)
+    mri = number == 5
+    runs = finished_runs(root, "mri" if mri else "petct")
     metrics = (
-        ("dice", "fpv_ml", "fnv_ml")
-        if number < 5
-        else tuple(f"dice_{c}" for c in ("whole", "edema", "core"))
+        [f"dice_{c}" for c in ("whole", "edema", "core")] if mri else ["dice", "fpv_ml", "fnv_ml"]
     )
-    reference = "v3" if number < 5 else "v2"
-    frames = {name: pd.read_csv(run / "test_studies.csv") for name, run in runs.items()}
+    reference = "v2" if mri else "v3"
+    listed = list(PAPER_TABLES[number])
+    listed += [
+        (f"{name} own", f"{title}, own recipe", *[math.nan] * 3)
+        for name, title, *_ in PAPER_TABLES[number]
+        if f"{name} own" in runs
+    ]
+    frames = {
+        name: pd.read_csv(runs[name][-1] / "test_studies.csv").set_index("study")
+        for name, *_ in listed
+        if name in runs
+    }
     rows = []
-    for name, title, *published in PAPER_TABLES[number]:
-        frame = frames.get(name)
-        row = {"system": name, "title": title, "run": str(runs.get(name, "")) or "not run"}
+    for name, title, *published in listed:
+        row = {"system": name, "title": title, "run": str(runs[name][-1]) if name in runs else ""}
         for metric, figure in zip(metrics, published, strict=True):
-            row[f"{metric}_paper"] = figure
-            if frame is None or metric not in frame:
+            keys = ("", "_low", "_high", "_n", "_p", "_p_n")
+            row |= {f"{metric}_paper": figure} | {f"{metric}{key}": math.nan for key in keys}
+            if name not in frames:
                 continue
-            ill = frame["has_lesion"].astype(bool)
-            kept = frame if metric == "fpv_ml" else frame[ill]
-            scale = 100 if metric.startswith("dice") else 1
-            values = kept.set_index("study")[metric].dropna() * scale
+            values, ours = (per_study(frames.get(n), metric) for n in (name, reference))
             low, high = interval(values.to_numpy())
-            row |= {metric: values.mean(), f"{metric}_low": low, f"{metric}_high": high}
-            row[f"{metric}_n"] = len(values)
-            if scale == 100 and name != reference and reference in frames:
-                ours = frames[reference].set_index("study")[metric].dropna() * scale
-                row[f"{metric}_p"] = paired_p(ours, values)
+            found = {"": values.mean(), "_low": low, "_high": high, "_n": len(values)}
+            if ours is not None and name != reference and metric.startswith("dice"):
+                found["_p_n"] = len(values.index.intersection(ours.index))
+                found["_p"] = paired_p(ours, values)
+            row |= {f"{metric}{key}": value for key, value in found.items()}
         rows.append(row)
-    return pd.DataFrame(rows)
+    notes = []
+    if missing := [name for name, *_ in listed if name not in frames]:
+        notes.append(f"not run: {', '.join(missing)}")
+    for name in frames:
+        if len(runs[name]) > 1:
+            notes.append(f"{name}: {len(runs[name])} runs, the newest is {runs[name][-1]}")
+    if len({frozenset(frame.index) for frame in frames.values()}) > 1:
+        notes.append("These runs were tested on different studies: their rows are not comparable.")
+    return pd.DataFrame(rows), notes
 
 
-def write_paper_table(number: int, root: Path) -> str:
-    """Write table<number>.csv and .md into `root`; the Markdown, which also reads well as text."""
-    table = paper_table(number, root)
+def per_study(frame: pd.DataFrame | None, metric: str) -> pd.Series | None:
+    """One metric by study: Dice in %, FNV and Dice of PET/CT where there is a lesion."""
+    if frame is None:
+        return None
+    everyone = metric == "fpv_ml" or metric.startswith("dice_")
+    kept = frame if everyone else frame[frame["has_lesion"].astype(bool)]
+    return kept[metric].dropna() * (100 if metric.startswith("dice") else 1)
+
+
+def write_paper_table(number: int, root: Path, out: Path) -> str:
+    """Write table<number>.csv and .md into `out`; the Markdown, which also reads well as text."""
+    table, notes = paper_table(number, root)
     names = {"dice": "Dice", "fpv_ml": "FPV", "fnv_ml": "FNV", "dice_whole": "Whole",
              "dice_edema": "Edema", "dice_core": "Core"}  # fmt: skip
-    metrics = [m for m in names if f"{m}_paper" in table]
+    metrics = [m for m in names if m in table]
+
+    def here(row, m: str) -> str:
+        if not row["run"]:
+            return "not run"
+        if pd.isna(row[m]):
+            return "-"
+        spread = f" [{row[f'{m}_low']:.1f}-{row[f'{m}_high']:.1f}]" if row[f"{m}_n"] > 1 else ""
+        return f"{row[m]:.2f}{spread} n={row[f'{m}_n']:.0f}"
+
     rows = [["Method", *(f"{names[m]} {who}" for m in metrics for who in ("paper", "here"))]]
     for _, row in table.iterrows():
-        cells = [row["title"]]
-        for m in metrics:
-            cells.append(f"{row[f'{m}_paper']:.2f}")
-            if m in row and not pd.isna(row[m]):
-                spread = f"{row[f'{m}_low']:.1f}-{row[f'{m}_high']:.1f}"
-                cells.append(f"{row[m]:.2f} [{spread}] n={row[f'{m}_n']:.0f}")
-            else:
-                cells.append("not run")
-        rows.append(cells)
+        papers = {m: row[f"{m}_paper"] for m in metrics}
+        cells = [(f"{p:.2f}" if p == p else "-", here(row, m)) for m, p in papers.items()]
+        rows.append([row["title"], *(text for pair in cells for text in pair)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    text = "\n".join(lines)
-    with atomic(root / f"table{number}.csv") as file:
+    text = "\n".join([*lines, *(["", *notes] if notes else [])])
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic(out / f"table{number}.csv") as file:
         file.write(table.to_csv(index=False).encode())
-    with atomic(root / f"table{number}.md") as file:
+    with atomic(out / f"table{number}.md") as file:
         file.write((text + "\n").encode())
-    missing = table.loc[table["run"] == "not run", "system"]
-    return text + (f"\nnot run: {', '.join(missing)}" if len(missing) else "")
+    return text
 
 
 # ------------------------------------------------------------------ prediction
@@ -664,17 +707,26 @@ def evaluate_run(run: Path, args, given: dict, late: Path | None = None):
     folder = args.out / run.name if args.out else run / "evaluation"
     if late:
         second, second_config, _, _ = load_run(late, args.checkpoint, given)
-        same = ("kind", "spacing", "patch")
+        if (config.version, second_config.version) != ("ct", "pet"):
+            raise UserError(
+                f"--late-fusion takes a run of `ct`, then one of `pet`, not {config.version} and "
+                f"{second_config.version}."
+            )
+        same = ("kind", "spacing")
         if [getattr(config, n) for n in same] != [getattr(second_config, n) for n in same]:
-            raise UserError(f"{late}: kind, spacing or patch differ from those of {run}.")
+            raise UserError(f"{late}: kind or spacing differ from those of {run}.")
         if read_json(run / "splits.json") != read_json(late / "splits.json"):
             raise UserError(f"{late}: trained on other studies than {run}. Use the same splits.")
         partner = (second, second_config, args.late_fusion)
         version = f"late_fusion_{args.late_fusion}"
         folder = args.out or run.parent / version
+        if (folder / "last.pt").exists():
+            raise UserError(f"{folder}: holds a run, which would be lost. Use another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         record = plain(replace(config, version=version)) | {"runs": [str(run), str(late)]}
         write_json(folder / "config.json", {"config": record})
+    if (folder / "last.pt").exists():
+        raise UserError(f"{folder}: holds a run, whose results would be lost. Use another --out.")
     rows = evaluate(model, cases, config, device, bar=f"{folder.name} {part}", late=partner)
     facts = {
         "run": str(run),
@@ -708,6 +760,10 @@ def run_command(argv: list[str] | None = None) -> None:
     add_flags(parser, EVAL_OPTIONS)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in EVAL_OPTIONS}
+    if sum(map(bool, (args.predict, args.table, args.late_fusion))) > 1:
+        raise UserError("--predict, --table and --late-fusion: choose one.")
+    if (args.predict or args.table) and args.part:
+        raise UserError("--part has no effect here. Leave it out.")
     if args.predict:
         if len(args.runs) > 1 or args.out is None:
             raise UserError("--predict takes one run, and --out for the folder of the masks.")
@@ -718,7 +774,7 @@ def run_command(argv: list[str] | None = None) -> None:
     if args.table:
         if len(args.runs) > 1 or not args.runs[0].is_dir():
             raise UserError("--table takes one folder, the one that holds the runs.")
-        print(write_paper_table(args.table, args.runs[0]))
+        print(write_paper_table(args.table, args.runs[0], args.out or args.runs[0]))
         return
     if args.late_fusion:
         if len(args.runs) != 2:
@@ -730,6 +786,8 @@ def run_command(argv: list[str] | None = None) -> None:
         raise UserError("--out: two runs have one name and would overwrite each other there.")
     systems, kinds, studies = {}, set(), set()
     for run in args.runs:
+        if run.name.startswith("late_fusion_") and not (run / "best.pt").exists():
+            raise UserError(f"{run}: is a late fusion; --late-fusion or --table show its results.")
         summary, kind, names, _ = evaluate_run(run, args, given)
         systems |= rows_of(str(run), summary)
         kinds.add(kind)

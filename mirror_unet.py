@@ -271,6 +271,12 @@ class MirrorUNet(nn.Module):
         }
         return tuple(name for name, present in fields.items() if present)
 
+    one_value = STRIDE  # side of a patch that leaves batch norm one voxel at the bottom
+
+    def step_options(self, number: int) -> dict:
+        """What a training step passes to forward: nothing here (see baselines.System)."""
+        return {}
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that both branches hold, each once: the shared representation (Sec. 3.2)."""
         ct = {id(p) for p in self.ct.parameters()}

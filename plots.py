@@ -85,7 +85,8 @@ def curves(run: Path) -> None:
         if f"grad_{term}" in frame:
             axes[2].plot(epoch, frame[f"grad_{term}"], color=color, label=term)
     axes[0].plot(epoch, frame["loss"], color="black", linestyle="--", label="loss")
-    axes[0].set(title="Weighted loss terms", yscale="log")
+    positive = bool((frame[[*terms, "loss"]] > 0).all(axis=None))  # a learned weight may not be
+    axes[0].set(title="Weighted loss terms", yscale="log" if positive else "symlog")
     axes[2].set(title="Gradient norm on the shared layers", yscale="log")
     if "val_dice" in frame:
         dice = frame.dropna(subset="val_dice")
@@ -213,13 +214,14 @@ def example_row(model, case: Case, config, device) -> dict[str, dict]:
     top_suv = PREPROCESSING["petct"].clip[1][1]  # what 1.0 stands for
     pet_style = {"cmap": "gray_r", "span": (0, 10 / top_suv)} if petct else {}
     panels = {ct_name: panel(image[0]), pet_name: panel(image[1], **pet_style)}
+    decoder = "bottleneck" if model.variant.btl else "reconstruction"
     of_pet = {"edema+core": "whole"}.get(model.variant.pet, model.variant.pet)  # 1 - p(background)
     heat = {"cmap": "inferno", "span": (0, 1)}
     titles = {
         "ct_rec": (f"{ct_name} branch: reconstruction", {}),
         "ct_seg": (f"{ct_name} branch: p({model.variant.ct})", heat),
         "pet_seg": (f"{pet_name.split()[0]} branch: p({of_pet})", heat),
-        "pet_rec": (f"bottleneck: {pet_name.split()[0]}", pet_style),
+        "pet_rec": (f"{decoder}: {pet_name.split()[0]}", pet_style),
         "btl_seg": ("bottleneck: p(whole)", heat),
         "fused": ("fused with θ: p(lesion)", heat),
     }

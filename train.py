@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import plots
-from baselines import MASKS, ONE_MODALITY, SYSTEMS
+from baselines import CLASSIFYING, MASKS, ONE_MODALITY, SYSTEMS
 from data import (
     PHANTOM,
     Case,
@@ -183,10 +183,15 @@ LAUNCH = {"out", "resume", "data", "cache", "check", "skip_bad", "workers", "dev
           "compile", "window_batch", "epochs"}  # fmt: skip
 
 
+def mirror_version(config: Config) -> str:
+    """The version of Mirror U-Net behind a name: v3 for v3_ct_only."""
+    return ONE_MODALITY.get(config.version, (config.version, None))[0]
+
+
 def resolve(config: Config, kind: str, phantom: bool) -> Config:
     """Fill the Nones for this kind of data and reject what does not fit. Raises UserError."""
     system = SYSTEMS.get(config.version)
-    version, modality = ONE_MODALITY.get(config.version, (config.version, None))
+    version, modality = mirror_version(config), ONE_MODALITY.get(config.version, (None, None))[1]
     try:
         variant = Variant(*2 * (MASKS[kind],)) if system else variant_of(kind, version)
     except ValueError as error:
@@ -244,7 +249,7 @@ def refuse_unused(config: Config, variant: Variant, system: bool) -> None:
     used = {
         "shared": not system,
         "rec": rec,
-        "class_label": variant.tumor or system,
+        "class_label": variant.tumor or config.version in CLASSIFYING,
         "classifier": variant.tumor,
         "bottleneck": not system,
         "norm": not system or config.version == "valindria",
@@ -268,7 +273,15 @@ def check_numbers(config: Config) -> Config:
         if "choices" in f.metadata and getattr(config, f.name) not in f.metadata["choices"]:
             flag = f"--{f.name.replace('_', '-')}"
             raise UserError(f"{flag} {getattr(config, f.name)}: one of {f.metadata['choices']}.")
-    for name in ("lr", "weight_decay", "noise_sigma", "lambda_rec", "lambda_seg", "lambda_cls"):
+    for name in (
+        "lr",
+        "weight_decay",
+        "clip",
+        "noise_sigma",
+        "lambda_rec",
+        "lambda_seg",
+        "lambda_cls",
+    ):
         if not 0 <= (getattr(config, name) or 0) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 0.")
     least = dict(epochs=1, batch_size=1, crops=1, val_every=1, lr_drop=0, workers=0, threads=0,
@@ -407,10 +420,9 @@ def build_model(config: Config) -> nn.Module:
                 f"{model.stride} and are at least {model.least}."
             )
         return model
-    version, _ = ONE_MODALITY.get(config.version, (config.version, None))
     theta = 0.2 if config.theta is None else config.theta
     return MirrorUNet(
-        version, config.shared, config.kind, theta, config.bottleneck, config.norm,
+        mirror_version(config), config.shared, config.kind, theta, config.bottleneck, config.norm,
         config.classifier,
     )  # fmt: skip
 
@@ -568,8 +580,7 @@ def loss_function(config: Config) -> Callable:
     """The loss of a resolved config: an equation of the paper, or that of a compared system."""
     if config.version in SYSTEMS:
         return SYSTEMS[config.version].loss
-    version, _ = ONE_MODALITY.get(config.version, (config.version, None))
-    return LOSSES[config.kind][version]
+    return LOSSES[config.kind][mirror_version(config)]
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -629,12 +640,13 @@ def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ra
     for step, item in enumerate(loader):
         waited += time.perf_counter() - waiting
         torch.manual_seed(step_seed(config.seed, epoch, step, ranks.rank))
+        options = model.step_options(step_seed(config.seed, epoch, step))  # equal on all ranks
         image = item["image"].to(device, non_blocking=True).float()  # (B, 2, W, H, D)
         image = evaluation.see(image, config.modality)
         ct, pet = image[:, :1], image[:, 1:]
         batch = Batch(ct, pet, item["mask"].to(device), item["tumor"].to(device))
         with evaluation.autocast(device, config.amp):
-            out = net(transform_ct(ct, config), pet)
+            out = net(transform_ct(ct, config), pet, **options)
         terms = loss_of(out, batch, config)
         if step == 0:
             norms = gradient_norms(terms, model.shared_parameters())
@@ -685,11 +697,6 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
         raise UserError(
             f"--batch-size {config.batch_size} does not divide by {ranks.world} devices."
         )
-    if max(config.patch) == STRIDE and config.batch_size == ranks.world:
-        raise UserError(
-            f"--patch {config.patch} with one crop per device leaves batch norm a single value at "
-            "the bottom. Use a larger --patch or --batch-size."
-        )
     run = Path(ranks.first(lambda: config.out or str(name_run(config))))
     with only_writer(run) if ranks.main else contextlib.nullcontext():
         return train_in(run, config, cases, device, ranks, report, say)
@@ -710,6 +717,11 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
         say("splits     no lesion in the validation part: best.pt is the last validated epoch")
 
     model = build_model(config).to(device, memory_format=torch.channels_last_3d)
+    if max(config.patch) <= model.one_value and config.batch_size == ranks.world:
+        raise UserError(
+            f"--patch {config.patch} with one crop per device leaves batch norm a single value at "
+            "the bottom. Use a larger --patch or --batch-size."
+        )
     optimizer = make_optimizer(model, config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     start, best_dice, rows = 0, -math.inf, []
@@ -777,7 +789,7 @@ def is_finished(run: Path, config: Config) -> bool:
     """Whether the run has the test results of the epochs asked for."""
     summary = run / "summary.json"
     done = load_checkpoint(run / "last.pt")["epoch"]
-    return done == config.epochs and summary.exists() and read_json(summary)["epochs"] == done
+    return done == config.epochs and summary.exists() and read_json(summary).get("epochs") == done
 
 
 def title(config: Config) -> str:
@@ -822,6 +834,12 @@ def start_run(run: Path, config: Config) -> bool:
     if changed:
         what = "; ".join(f"{k} was {saved[k]}, now {now.get(k)}" for k in changed)
         raise UserError(f"{run}: a run goes on with its own settings ({what}). Use another --out.")
+    before = saved_config(run).epochs
+    if config.schedule in ("poly", "cosine") and before != config.epochs:
+        raise UserError(
+            f"{run}: --schedule {config.schedule} was laid out for {before} epochs; going on to "
+            f"{config.epochs} would be neither. Use another --out."
+        )
     if checkpoint["epoch"] > config.epochs:
         raise UserError(
             f"{run}: has {checkpoint['epoch']} epochs already, more than --epochs {config.epochs}."
