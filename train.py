@@ -939,6 +939,8 @@ def command_line(action: Callable[[], None]) -> None:
 
 def main() -> None:
     command_line(lambda: train(parse()))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
