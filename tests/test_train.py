@@ -216,6 +216,15 @@ def test_a_run_that_cannot_start_says_why(base, cases, tmp_path, options, messag
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+@pytest.mark.parametrize("version, least", [("v3", 48), ("deepmts", 64)])
+def test_bf16_on_the_cpu_is_refused_where_torch_is_wrong(version, least):
+    """The smallest maps must have three voxels a side."""
+    config = train.Config(version=version, amp="bf16", patch=(least,) * 3)
+    assert train.choose_amp(config, CPU).amp == "bf16"
+    with pytest.raises(UserError, match=f"below {least}"):
+        train.choose_amp(replace(config, patch=(least, least, least - 16)), CPU)
+
+
 def test_flags_are_the_fields_of_config():
     parser = argparse.ArgumentParser()
     train.add_flags(parser)
