@@ -644,6 +644,31 @@ def test_late_fusion_is_what_its_name_says(system_runs, cohort, mode):
         assert rows["mtv_pred_ml"][0] == pytest.approx(native[mode].sum() * ml)
 
 
+# Margins of four voxels (CT +, PET +), (+, -), (-, +), (-, -); the sum is decided by the larger.
+CT_MARGIN, PET_MARGIN = np.array([1.0, 1, -3, -1]), np.array([2.0, -3, 1, -2])
+
+
+@pytest.mark.parametrize(
+    "mode, expected",
+    [("logits", [1, 0, 0, 0]), ("union", [1, 1, 1, 0]), ("intersection", [1, 0, 0, 0])],
+)
+def test_late_fusion_of_known_margins(mode, expected):
+    pair = [m.reshape(1, 4, 1, 1) for m in (CT_MARGIN, PET_MARGIN)]
+    variant = mirror_unet.VARIANTS["petct"]["v1"]
+    assert evaluation.fuse_late(*pair, mode, variant).ravel().tolist() == expected
+    weaker = pair[0], pair[1] / 10  # now CT's 1 outweighs PET's -0.3: only the sum changes
+    expected = [1, 1, 0, 0] if mode == "logits" else expected
+    assert evaluation.fuse_late(*weaker, mode, variant).ravel().tolist() == expected
+
+
+def test_late_fusion_of_two_classes_is_that_of_the_masks():
+    """One voxel, edema by one network and core by the other: union has both, intersection none."""
+    a, b = (np.array(m).reshape(2, 1, 1, 1) for m in ([2.0, 1.0], [1.0, 2.0]))
+    variant = mirror_unet.VARIANTS["mri"]["v2-rec"]
+    assert evaluation.fuse_late(a, b, "union", variant).item() == 3
+    assert evaluation.fuse_late(a, b, "intersection", variant).item() == 0
+
+
 @pytest.mark.parametrize("version, slot", [("v3_ct_only", 0), ("v3_pet_only", 1)])
 def test_one_modality_fills_both_places(system_runs, cohort, version, slot):
     """The mask does not move with the modality that is left out, in evaluation either."""
