@@ -245,3 +245,13 @@ def draw_panel(axis, image, cmap, span, aspect, lines) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+def read_trials(path: Path) -> pd.DataFrame:
+    text = dict.fromkeys(("trial", "status", "version", "shared", "phi", "theta"), str)
+    from data import UserError
+
+    try:
+        return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. Give the folder of a search.") from None

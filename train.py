@@ -191,12 +191,7 @@ def mirror_version(config: Config) -> str:
 def resolve(config: Config, kind: str, phantom: bool) -> Config:
     """Fill the Nones for this kind of data and reject what does not fit. Raises UserError."""
     system = SYSTEMS.get(config.version)
-    version, modality = mirror_version(config), ONE_MODALITY.get(config.version, (None, None))[1]
-    try:
-        variant = Variant(*2 * (MASKS[kind],)) if system else variant_of(kind, version)
-    except ValueError as error:
-        others = ", ".join((*ONE_MODALITY, *SYSTEMS))
-        raise UserError(f"--version: {error}; or a compared system: {others}.") from None
+    variant, modality = tasks(config, kind), ONE_MODALITY.get(config.version, (None, None))[1]
     if modality and config.modality not in ("both", modality):
         raise UserError(f"--modality {config.modality}: {config.version} is {modality} alone.")
     if config.kind not in (None, kind):
@@ -211,25 +206,19 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
         table |= system.own
     values = {k: v for k, v in table.items() if getattr(config, k) is None} | {"kind": kind}
     values["modality"] = modality or config.modality
-    applies = {
-        "theta": (variant.fused and not system, 0.2),
-        "lambda_rec": ("rec" in (variant.ct, variant.btl), 1e-4 if config.rec == "l2" else 1e-3),
-        "lambda_seg": (not variant.fused, 0.5 if variant.exclusive else 1 / 3),
-        "lambda_cls": (variant.tumor, 1e-3),
+    used = reads(config, kind)
+    refuse_unused(config, used)
+    defaults = {
+        "theta": 0.2,
+        "lambda_rec": 1e-4 if config.rec == "l2" else 1e-3,
+        "lambda_seg": 0.5 if variant.exclusive else 1 / 3,
+        "lambda_cls": 1e-3,
     }
-    for name, (used, default) in applies.items():
+    for name, default in defaults.items():
         if getattr(config, name) is None:
-            values[name] = default if used else None
-        elif not used:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} has no effect on {config.version} ({kind}). Leave it out.")
-    refuse_unused(config, variant, system is not None)
+            values[name] = default if used[name] else None
     if config.phi is None:
         values["phi"] = "shuffle" if variant.phi else "none"
-    elif config.phi != "none" and not variant.phi:
-        raise UserError(
-            f"--phi {config.phi}: {config.version} ({kind}) reconstructs no CT. Use --phi none."
-        )
     config = replace(config, **values)
     for name in ("patch", "spacing"):
         value = getattr(config, name)
@@ -243,10 +232,27 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
     return check_numbers(config)
 
 
-def refuse_unused(config: Config, variant: Variant, system: bool) -> None:
-    """Raise UserError for an option that was set and that this version does not read."""
+def tasks(config: Config, kind: str) -> Variant:
+    """The tasks of the config's version, a compared system's being the mask. Raises UserError."""
+    if config.version in SYSTEMS:
+        return Variant(*2 * (MASKS[kind],))
+    try:
+        return variant_of(kind, mirror_version(config))
+    except ValueError as error:
+        others = ", ".join((*ONE_MODALITY, *SYSTEMS))
+        raise UserError(f"--version: {error}; or a compared system: {others}.") from None
+
+
+def reads(config: Config, kind: str) -> dict[str, bool]:
+    """Whether this version reads each of the options that not every version has."""
+    system, variant = config.version in SYSTEMS, tasks(config, kind)
     rec = "rec" in (variant.ct, variant.btl)
-    used = {
+    return {
+        "phi": variant.phi,
+        "theta": variant.fused and not system,
+        "lambda_rec": rec,
+        "lambda_seg": not variant.fused,
+        "lambda_cls": variant.tumor,
         "shared": not system,
         "rec": rec,
         "class_label": variant.tumor or config.version in CLASSIFYING,
@@ -254,12 +260,20 @@ def refuse_unused(config: Config, variant: Variant, system: bool) -> None:
         "bottleneck": not system,
         "norm": not system or config.version == "valindria",
         "modality": rec and variant.pet == "lesion",
-        "noise_sigma": config.phi == "noise",
+        "noise_sigma": config.phi == "noise" and variant.phi,
         "shuffle_edge": config.phi in (None, "shuffle") and variant.phi,
         "shuffle_count": config.phi in (None, "shuffle") and variant.phi,
     }
+
+
+def refuse_unused(config: Config, used: dict[str, bool]) -> None:
+    """Raise UserError for an option that was set and that this version does not read."""
+    if config.phi not in (None, "none") and not used["phi"]:
+        raise UserError(
+            f"--phi {config.phi}: {config.version} reconstructs no CT here. Use --phi none."
+        )
     for name, applies in used.items():
-        if not applies and getattr(config, name) != getattr(Config, name):
+        if name != "phi" and not applies and getattr(config, name) != getattr(Config, name):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has no effect on {config.version} here. Leave it out.")
 
@@ -472,11 +486,15 @@ def name_run(config: Config) -> Path:
     return next(path for path in names if not (path / "config.json").exists())
 
 
+class Busy(UserError):
+    """Another process is writing the folder."""
+
+
 @contextlib.contextmanager
 def only_writer(run: Path):
-    """Hold the run folder's lock, which the system frees when the process ends, however it does.
+    """Hold the folder's lock, which the system frees when the process ends, however it does.
 
-    Raises UserError if another process holds it.
+    Raises Busy if another process holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a+b") as file:
@@ -491,7 +509,7 @@ def only_writer(run: Path):
                 # not flock: workers would inherit it and outlive a killed run by seconds
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
+            raise Busy(
                 f"{run}: another process is writing this run. Wait for it, or use another --out."
             ) from None
         yield
@@ -707,7 +725,7 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
 def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say) -> dict:
     """train() once the data are open and the run folder is ours."""
     saved = ranks.first(lambda: start_run(run, config))
-    if saved and ranks.first(lambda: is_finished(run, config)):
+    if saved and ranks.first(lambda: is_finished(run, config.epochs)):
         say(
             f"finished   {run} has its {config.epochs} epochs and test results; --epochs extends it"
         )
@@ -768,14 +786,19 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 )
             ranks.average_buffers(model)
             if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
+                began = time.perf_counter()
                 mine = parts["val"][ranks.rank :: ranks.world]
                 scored = evaluation.evaluate(model, mine, config, device, native=False)
                 row["val_dice"] = val_dice(ranks.gather(scored))
+                row["val_seconds"] = time.perf_counter() - began
+            if device.type == "cuda":
+                row["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
             rows.append(row)
             if ranks.main:
                 best_dice = save_epoch(run, config, model, optimizer, scaler, rows, best_dice)
                 plots.log_epoch(writer, row)
-                left = row["seconds"] * (config.epochs - epoch - 1)
+                spent = seconds_of(rows[-(epoch + 1 - start) :]) / (epoch + 1 - start)
+                left = spent * (config.epochs - epoch - 1)
                 tqdm.write(plots.epoch_line(row, left, first=epoch == start))
                 if time.perf_counter() - drawn > 60:
                     plots.curves(run)
@@ -784,14 +807,22 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 report(row)
     if writer:
         writer.close()
-    return test(run, config, model, parts["test"], device, ranks, say)
+    return test(run, config, model, parts["test"], rows, device, ranks, say)
 
 
-def is_finished(run: Path, config: Config) -> bool:
-    """Whether the run has the test results of the epochs asked for."""
+def seconds_of(rows: list[dict]) -> float:
+    """How long the epochs of these rows of metrics.csv took, with their validation."""
+    return sum(row["seconds"] + row.get("val_seconds", 0) for row in rows)
+
+
+def is_finished(run: Path, epochs: int) -> bool:
+    """Whether the run has the test results of so many epochs and no later ones."""
     summary = run / "summary.json"
-    done = load_checkpoint(run / "last.pt")["epoch"]
-    return done == config.epochs and summary.exists() and read_json(summary).get("epochs") == done
+    if not summary.exists() or read_json(summary).get("epochs") != epochs:
+        return False
+    # tune.py removes last.pt once the results are there; else it may be ahead of them
+    last = run / "last.pt"
+    return not last.exists() or load_checkpoint(last)["epoch"] == epochs
 
 
 def title(config: Config) -> str:
@@ -824,13 +855,19 @@ def start_run(run: Path, config: Config) -> bool:
     last = run / "last.pt"
     for leftover in run.glob(".*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
+    ended = [run / name for name in ("summary.json", "stopped.json") if (run / name).exists()]
     if not config.resume:
-        if last.exists():
+        if last.exists() or ended:
             raise UserError(f"{run}: holds a run already. Add --resume, or choose another --out.")
         return False
-    if not last.exists():
+    if not last.exists() and not ended:
         return False
-    checkpoint = load_checkpoint(last)
+    if not last.exists() and not is_finished(run, config.epochs):
+        raise UserError(
+            f"{run}: has {ended[0].name} but no last.pt to go on from (a search removes it when a "
+            "trial ends). Use another --out."
+        )
+    checkpoint = load_checkpoint(last if last.exists() else run / "best.pt")
     saved, now = checkpoint["config"], plain(config, weights_only=True)
     changed = sorted(k for k in saved if saved[k] != now.get(k))
     if changed:
@@ -868,14 +905,18 @@ def parallel(model: nn.Module, config: Config, device: torch.device, ranks: Rank
     return net
 
 
-def test(run: Path, config: Config, model: nn.Module, cases, device, ranks: Ranks, say) -> dict:
-    """Evaluate best.pt on the test part: test_studies.csv, summary.json, curves and examples."""
+def test(run: Path, config: Config, model, cases, rows: list, device, ranks: Ranks, say) -> dict:
+    """Evaluate best.pt on the test part: test_studies.csv, summary.json, curves and examples.
+
+    rows: those of metrics.csv, for what the run took in all.
+    """
     ranks.barrier()  # rank 0 may still be writing best.pt
+    began = time.perf_counter()
     best = load_checkpoint(run / "best.pt")
     model.load_state_dict(best["model"])
     mine = cases[ranks.rank :: ranks.world]
     bar = "test" if ranks.main else ""
-    rows = ranks.gather(evaluation.evaluate(model, mine, config, device, bar=bar))
+    scored = ranks.gather(evaluation.evaluate(model, mine, config, device, bar=bar))
     if ranks.main:
         plots.curves(run)
         plots.examples(run / "examples.png", model, cases, config, device)
@@ -883,9 +924,11 @@ def test(run: Path, config: Config, model: nn.Module, cases, device, ranks: Rank
             "checkpoint_epoch": best["epoch"],
             "epochs": config.epochs,
             "val_dice": None if math.isnan(best["val_dice"]) else best["val_dice"],
+            "seconds": round(seconds_of(rows) + time.perf_counter() - began, 1),
+            "gpu_memory_mb": max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None,
         }
-        summary = evaluation.write_results(run, "test", rows, config.kind, facts)
-        say(f"\ntest       best.pt of epoch {best['epoch']}, {len(rows)} studies\n")
+        summary = evaluation.write_results(run, "test", scored, config.kind, facts)
+        say(f"\ntest       best.pt of epoch {best['epoch']}, {len(scored)} studies\n")
         say(evaluation.results_table(evaluation.rows_of(run.name, summary), config.kind))
         say(f"\n{run}: summary.json, test_studies.csv, curves.png, examples.png")
     ranks.barrier()

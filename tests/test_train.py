@@ -38,7 +38,12 @@ TERMS = {
     "v3": {"rec_ct", "rec_pet", "seg", "cls"},
     "v4": {"seg"},
 }
-CLOCK = ["patches_per_s", "data_wait", "seconds"]  # what differs from one run to the next
+CLOCK = [
+    "patches_per_s",
+    "data_wait",
+    "seconds",
+    "val_seconds",
+]  # what differs from one run to the next
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,459 @@
+"""tune.py: the grids, names of trials, what folders say, the tables; and searches that are killed.
+
+The searches at the end start Ray on this machine alone, on a cohort of nine small studies.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import plots
+import train
+import tune
+from data import UserError, write_json, write_phantom
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--patch", "16", "--spacing", "16", "--epochs", "2", "--steps", "2", "--val-every", "1",
+        "--workers", "0", "--window-batch", "8"]  # fmt: skip
+
+
+def configs(search, given=None, seeds=(0,), samples=8, kind="petct"):
+    """The resolved configs of a search."""
+    asked = tune.settings(search, given or {}, list(seeds), samples, kind)
+    return [train.resolve(replace(train.Config(), **values), kind, True) for values in asked]
+
+
+# ------------------------------------------------------------------ the spaces
+
+
+def test_table2_is_the_105_trainings_of_the_paper():
+    names = {
+        f"{version} {row} {','.join(map(str, shared))}"
+        for version, rows in {
+            **dict.fromkeys(("v1", "v2", "v3"), ("none", "noise", "shuffle")),
+            "v4": ("0.1", "0.2", "0.3", "0.4", "0.5", "learn"),
+        }.items()
+        for row in rows
+        for shared in ((3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7))
+    }
+    found = [
+        f"{c.version} {c.theta if c.version == 'v4' else c.phi} {','.join(map(str, c.shared))}"
+        for c in configs("table2")
+    ]
+    assert len(found) == 105 and set(found) == names
+    assert len(configs("layers")) == 63 and len(configs("theta")) == 42
+    assert set(tune.PAPER_TABLE2) == {tuple(name.split()[:2]) for name in names}
+    assert {len(row) for row in tune.PAPER_TABLE2.values()} == {7}
+
+
+def test_lambdas_is_the_grid_of_the_supplement():
+    found = configs("lambdas")
+    weights = [0.1, 0.01, 0.001, 0.0001, 0.00001]
+    assert [(c.lambda_rec, c.lambda_cls) for c in found] == [
+        (r, c) for r in weights for c in weights
+    ]
+    assert {(c.version, c.shared, c.phi, c.lambda_seg) for c in found} == {
+        ("v3", (5,), "shuffle", 0.5)
+    }
+
+
+def test_repeated_seeds_repeat_the_grid_and_given_options_hold_for_all():
+    found = configs("theta", {"lr": 1e-4, "shared": (2,)}, seeds=(0, 1))
+    assert [(c.theta, c.seed) for c in found] == [(t, s) for s in (0, 1) for t in tune.THETAS]
+    assert {(c.lr, c.shared) for c in found} == {(1e-4, (2,))}
+    assert {c.version for c in configs("layers", {"version": "v3"})} == {"v3"}
+    some = configs("table2", {"lambda_cls": 0.5, "shuffle_count": 30, "phi": "shuffle"})
+    assert {(c.version, c.lambda_cls) for c in some} == {
+        ("v1", None),
+        ("v2", None),
+        ("v3", 0.5),
+        ("v4", None),
+    }
+    assert {(c.version, c.phi, c.shuffle_count) for c in some} == {
+        ("v1", "shuffle", 30),
+        ("v2", "shuffle", 30),
+        ("v3", "shuffle", 30),
+        ("v4", "none", 1),
+    }
+    with pytest.raises(UserError, match="--theta has no effect on v1"):  # no trial reads it
+        configs("layers", {"theta": 0.3})
+    with pytest.raises(UserError, match="--version: .*v9"):
+        configs("layers", {"version": "v9"})
+    with pytest.raises(UserError, match="--version: .*v3"):
+        configs("layers", kind="mri")
+
+
+def test_free_samples_depend_on_their_seed_and_number_alone():
+    few, many = configs("free", samples=5), configs("free", samples=300)
+    assert few == many[:5]
+    assert configs("free", seeds=(1,), samples=5) != few
+    assert {c.version for c in many} == {"v1", "v2", "v3", "v4"}
+    assert {layer for c in many for layer in c.shared} == set(range(1, 9))
+    assert len({c.shared for c in many}) > 100 and () in {
+        c.shared for c in configs("free", samples=999)
+    }
+    weights = np.log10([c.lambda_rec for c in many if c.lambda_rec])
+    assert (
+        -5 <= weights.min() < -4.8 and -1.2 < weights.max() <= -1 and abs(weights.mean() + 3) < 0.2
+    )
+    assert {c.shuffle_count for c in many if c.phi != "shuffle"} == {1}  # unread: not drawn
+    assert len({c.shuffle_count for c in many if c.phi == "shuffle"}) == 4
+    assert {c.noise_sigma for c in many if c.phi != "noise"} == {0.3}
+    fixed = configs(
+        "free", {"version": "v3", "shared": (5,), "phi": "shuffle", "lr": 1e-3}, samples=20
+    )
+    assert {(c.version, c.shared, c.phi, c.lr) for c in fixed} == {("v3", (5,), "shuffle", 1e-3)}
+    assert len({(c.lambda_rec, c.lambda_cls) for c in fixed}) == 20
+
+
+def test_the_name_tells_the_settings_and_changes_with_all_that_matters():
+    splits = {"train": ["a"], "val": ["b"], "test": ["c"]}
+    config = configs("lambdas")[7]
+    name = tune.name_of(config, splits)
+    assert re.fullmatch(r"v3-L5-shuffle-rec0\.01-cls0\.001-seed0-[0-9a-f]{8}", name)
+    for change in ({"epochs": 11}, {"lr": 2e-3}, {"batch_size": 3}, {"shuffle_count": 2}):
+        assert tune.name_of(replace(config, **change), splits) != name
+    assert tune.name_of(config, splits | {"test": ["d"]}) != name
+    for same in (
+        {"workers": 7},
+        {"threads": 3},
+        {"data": "elsewhere"},
+        {"out": "x"},
+        {"device": "cpu"},
+    ):
+        assert tune.name_of(replace(config, **same), splits) == name
+    assert tune.name_of(configs("theta")[-1], splits).startswith("v4-L34567-theta_learn-seed0-")
+    everything = configs("table2", seeds=(0, 1))
+    assert len({tune.name_of(c, splits) for c in everything}) == 210
+
+
+# ------------------------------------------------------------------ folders and tables
+
+
+def make_trial(root, name, search="table2", status="done", dice=0.5, rows=None, **changes):
+    """A trial's folder as a search leaves it."""
+    config = train.resolve(replace(train.Config(), epochs=4, val_every=1, **changes), "petct", True)
+    run = root / name
+    run.mkdir(parents=True)
+    write_json(run / "trial.json", {"search": search, "config": train.plain(config)})
+    if status != "waiting":
+        write_json(run / "config.json", {"config": train.plain(config)})
+        rows = rows or [0.1, 0.3, 0.2]
+        plots.write_metrics(
+            run,
+            [{"epoch": i + 1, "val_dice": v, "seconds": 10.0, "val_seconds": 1.5}
+             for i, v in enumerate(rows)],
+        )  # fmt: skip
+    if status == "done":
+        metrics = {"dice": {"mean": dice, "n": 3}, "fpv_ml": {"mean": 2.5, "n": 6}}
+        summary = {"epochs": 4, "val_dice": 0.3, "seconds": 50.0, "gpu_memory_mb": 123.0}
+        write_json(run / "summary.json", summary | {"systems": {"model": metrics}})
+    if status == "stopped":
+        write_json(run / "stopped.json", {"epoch": 3, "val_dice": 0.3})
+    if status == "failed":
+        (run / "failed.txt").write_text("the loss is nan\n\nTraceback\n")
+    return run, config
+
+
+def test_results_have_a_row_per_trial_from_its_folder(tmp_path):
+    states = ("done", "stopped", "failed", "unfinished", "waiting")
+    for state in states:
+        make_trial(tmp_path, state, status=state, version="v4", shared=())
+    make_trial(tmp_path, "going", status="unfinished")
+    tune.Results(tmp_path).write(running={"going"})
+    frame = plots.read_trials(tmp_path / "results.csv").set_index("trial")
+    assert [frame.status[s] for s in (*states, "going")] == [*states, "running"]
+    done, stopped = frame.loc["done"], frame.loc["stopped"]
+    assert (done.test_dice, done.test_fpv_ml, done.seconds, done.gpu_memory_mb) == (
+        0.5,
+        2.5,
+        50,
+        123,
+    )
+    assert (done.shared, done.theta, done.phi, done.epochs) == ("none", "0.2", "none", 4)
+    assert stopped.reason == "by ASHA after epoch 3" and np.isnan(stopped.test_dice)
+    assert (stopped.epochs_done, stopped.val_dice, stopped.seconds) == (3, 0.3, 34.5)
+    assert frame.reason["failed"] == "the loss is nan"
+    assert frame.epochs_done["waiting"] == 0 and done.folder == "done"
+    # another budget is another trial, even in a folder that was made for this one
+    assert tune.state(tmp_path / "done", 5)[0] == "unfinished"
+
+
+def test_the_report_is_table_2_with_the_papers_figures_beside_ours(tmp_path):
+    i = 0
+    for (version, row), figures in tune.PAPER_TABLE2.items():
+        for shared, dice in zip(tune.SHARED, figures, strict=True):
+            knobs = {"theta": row} if version == "v4" else {"phi": row}
+            for seed, shift in ((0, -0.01), (1, 0.01)):  # their mean is the paper's figure
+                make_trial(tmp_path, f"t{i}", version=version, shared=shared, seed=seed,
+                           dice=dice / 100 + shift, **knobs)  # fmt: skip
+                i += 1
+    text = tune.report(tmp_path)
+    lines = text.splitlines()
+    assert "210 trials, 210 done" in lines[0] and "means over 2 seeds" in text
+    pairs = re.findall(r"([\d.]+)(\**) \(([\d.]+)(\**)\)", text)
+    assert len(pairs) == 105 and all(a == c and b == d for a, b, c, d in pairs)
+    shuffled = next(line for line in lines if line.startswith("v3  L2 + shuffling"))
+    assert shuffled.split()[4] == "63.33*" and "65.91** (65.91**)" in shuffled
+    assert [a for a, b, _, _ in pairs if b == "**"] == ["64.57", "65.50", "65.91", "64.24"]
+    assert sum(b != "" for _, b, _, _ in pairs) == 28  # a best one in each of 4 x 7 boxes
+
+
+def test_the_report_keeps_budgets_apart_and_names_what_is_missing(tmp_path):
+    make_trial(tmp_path, "a", version="v1", phi="noise", dice=0.6)
+    make_trial(tmp_path, "b", version="v1", phi="noise", dice=0.2, lr=0.1)
+    make_trial(tmp_path, "c", version="v4", dice=0.4)
+    make_trial(tmp_path, "d", version="v4", status="failed", theta=0.5)
+    text = tune.report(tmp_path)
+    assert "lr 0.001" in text and "lr 0.1" in text
+    assert "60.00** (62.34)" in text and "20.00** (62.34)" in text
+    assert "failed: d: the loss is nan" in text and "1 failed" in text
+    assert text.count("– (") == 105 * 2 - 3
+
+
+def test_the_report_of_lambdas_and_of_free(tmp_path):
+    for i, (rec, dice) in enumerate(((1e-1, 0.31), (1e-5, 0.42))):
+        make_trial(tmp_path, f"l{i}", "lambdas", version="v3", phi="shuffle", lambda_rec=rec,
+                   lambda_cls=1e-2, dice=dice)  # fmt: skip
+    make_trial(tmp_path, "f0", "free", "stopped", version="v2", shared=(1, 8), rows=[0.9])
+    make_trial(tmp_path, "f1", "free", version="v4", theta="learn")
+    text = tune.report(tmp_path)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["1e-01", "31.00"] in rows and ["1e-05", "42.00*"] in rows
+    listed = text[text.index("--search free") :]
+    assert re.search(r"v2\s+1 8.*stopped", listed) and re.search(r"v4\s+5.*learn.*done", listed)
+    assert listed.index("v2") < listed.index("v4")
+
+
+def test_report_needs_no_ray(tmp_path):
+    make_trial(tmp_path, "a", version="v1", phi="noise", dice=0.6)
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray here')")
+    done = call("--report", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0 and "60.00** (62.34)" in done.stdout
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "results.csv", alone)
+    assert "60.00** (62.34)" in tune.report(alone)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "tune.py"), *map(str, words)]
+
+
+def call(*words, cwd):
+    env = os.environ | {"PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*words), cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "give either --search, or --report"),
+        (["--search", "lambdas", "--report", "x"], "give either --search, or --report"),
+        (["--report", "nowhere"], "nowhere/results.csv: No such file or directory"),
+        (["--search", "layers", "--samples", "3"], "--samples has no effect on --search layers"),
+        (["--search", "free", "--samples", "0"], "--samples 0: at least 1"),
+        (["--search", "lambdas", "--max-concurrent", "0"], "--max-concurrent 0: at least 1"),
+        (["--search", "lambdas", "--patch", "20"], "--patch (20, 20, 20): every side must divide"),
+        (["--search", "theta", "--lambda-cls", "1"], "--lambda-cls has no effect on v4"),
+        (["--search", "lambdas", "--data", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_options_end_with_one_line_before_anything_is_made(
+    words, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        tune.run_command(words)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "data").exists()
+
+
+def test_a_second_search_in_one_folder_is_refused(tmp_path):
+    code = (
+        f"import train, pathlib, time\nwith train.only_writer(pathlib.Path({str(tmp_path)!r})):\n"
+    )
+    code += "    print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    try:
+        with pytest.raises(UserError, match="another process is writing"):
+            tune.run_command(["--search", "lambdas", "--out", str(tmp_path)])
+    finally:
+        other.kill()
+        other.wait()
+
+
+# ------------------------------------------------------------------ early stopping
+
+
+class FakeTrial(SimpleNamespace):
+    """What the scheduler asks of a trial of Ray's."""
+
+    def __init__(self, run):
+        super().__init__(trial_id=f"ray-{run}", config={"task": {"config": {"out": str(run)}}})
+
+
+def test_a_restart_replays_ended_trials_into_the_scheduler_and_stopped_ones_say_so(tmp_path):
+    trials = []
+    for name, status, rows in (
+        ("good", "done", [0.5, 0.6, 0.7]),
+        ("fair", "stopped", [0.4]),
+        ("bad", "stopped", [0.1]),
+        ("new", "waiting", None),
+        ("late", "waiting", None),
+    ):
+        run, config = make_trial(tmp_path, name, "free", status, rows=rows, version="v2")
+        trials.append(tune.Trial(name, replace(config, out=str(run))))
+    scheduler = tune.halving(trials)
+    (bracket,) = scheduler._brackets
+    assert sorted(bracket._rungs[-1][1].values()) == [0.1, 0.4, 0.5]
+    assert list(bracket._rungs[0][1].values()) == [0.7]  # after three epochs
+    decisions = {}
+    for name, dice in (("new", 0.43), ("late", 0.44)):  # the cut is at 0.4333, then at 0.43
+        trial = FakeTrial(tmp_path / name)
+        scheduler.on_trial_add(None, trial)
+        told = {"epoch": 1, "val_dice": dice, "ended": False}
+        decisions[name] = scheduler.on_trial_result(None, trial, told)
+    assert decisions == {"new": "STOP", "late": "CONTINUE"}
+    assert tune.state(tmp_path / "new", 4) == ("stopped", "by ASHA after epoch 1")
+    assert not (tmp_path / "late" / "stopped.json").exists()
+    # the last report of a trial that has its results is no reason to call it stopped
+    told = {"epoch": 4, "val_dice": 0.0, "ended": True}
+    scheduler.on_trial_result(None, trial, told)
+    assert not (tmp_path / "late" / "stopped.json").exists()
+
+
+# ------------------------------------------------------------------ whole searches, killed
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tune")
+    write_phantom(root / "data", patients=6)
+    return root
+
+
+def start(cohort, *words):
+    """A search as a process group of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        command(*words, "--data", cohort / "data", *TINY), cwd=cohort, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(found, seconds=120):
+    until = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+    return result
+
+
+def holders(run):
+    """Processes that have the run's lock open."""
+    found = []
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(fd) == str(run / ".lock"):
+                found.append(int(fd.parts[2]))
+        except OSError:
+            pass
+    return found
+
+
+def hashes(run):
+    return {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "log.txt"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds processes in /proc")
+def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(cohort):
+    """Three trials, one at a time: the first fails on a damaged checkpoint; kill -9 of the second
+    one's process, which Ray starts again; kill -9 of the driver with one trial done and one
+    running; mended and started again at once, while that one's process may still live."""
+    out = cohort / "grid"
+    words = ["--search", "layers", "--version", "v1", "--shared", "5", "--shuffle-edge", "8",
+             "--out", out, "--max-concurrent", "1"]  # fmt: skip
+    driver = start(cohort, *words)
+    wait_for(lambda: len(list(out.glob("*/trial.json"))) == 3)
+    none, noise, shuffle = (
+        next(out.glob(f"v1-L5{phi}-rec*")) for phi in ("", "-noise", "-shuffle")
+    )
+    (none / "last.pt").write_bytes(b"damaged")
+    os.kill(wait_for(lambda: holders(noise))[0], signal.SIGKILL)
+    both = {noise, shuffle}
+    (done,) = wait_for(lambda: {run for run in both if tune.state(run, 2)[0] == "done"})
+    (other,) = both - {done}
+    wait_for(lambda: (other / "config.json").exists())
+    driver.send_signal(signal.SIGKILL)
+    text, _ = driver.communicate()
+    assert "failed: " in text and "last.pt: not a readable checkpoint" in text
+    assert tune.state(other, 2)[0] == "unfinished"
+    before = {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()}
+    (none / "last.pt").unlink()
+
+    again = start(cohort, *words)
+    text, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, text
+    assert "3 trials, 1 finished before" in text
+    assert re.search(r"3/3 +0 +0 +0 +0 ", text.splitlines()[-3])
+    assert {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()} == before
+    frame = plots.read_trials(out / "results.csv")
+    assert frame["status"].tolist() == ["done"] * 3
+    for run in (none, noise, shuffle):
+        alone = cohort / "alone" / run.name
+        config = replace(train.saved_config(run), out=str(alone))
+        result = train.train(config)
+        assert not (run / "last.pt").exists()
+        ours, plain = (torch.load(r / "best.pt", weights_only=True) for r in (run, alone))
+        assert all(torch.equal(ours["model"][k], v) for k, v in plain["model"].items())
+        row = frame.set_index("trial").loc[run.name]
+        assert row.test_dice == pytest.approx(result["test"]["dice"], abs=1e-12)
+        assert row.val_dice == pytest.approx(result["val_dice"], abs=1e-12)
+        # its last.pt is gone, and still the run is a finished one that nothing overwrites
+        mended = train.saved_config(run)
+        assert train.train(replace(mended, resume=True))["test"]["dice"] == result["test"]["dice"]
+        with pytest.raises(UserError, match="no last.pt to go on from"):
+            train.train(replace(mended, resume=True, epochs=3))
+        with pytest.raises(UserError, match="holds a run already"):
+            train.train(mended)
+
+
+def test_a_free_search_goes_on_from_its_ended_trials_and_stops_the_worse_one(cohort):
+    """The first of two samples is there already, better than any; the second must be stopped."""
+    out = cohort / "free"
+    words = ["--search", "free", "--samples", "2", "--version", "v1", "--shared", "5", "--phi",
+             "none", "--seed", "1", "--out", out]  # fmt: skip
+    args, given = tune.parse([*map(str, words), "--data", str(cohort / "data"), *TINY])
+    given["cache"] = str(cohort / "cache")
+    good, bad = tune.plan(args, given)
+    good.run.mkdir(parents=True)
+    write_json(good.run / "trial.json", {"search": "free", "config": train.plain(good.config)})
+    write_json(good.run / "summary.json", {"epochs": 2, "systems": {"model": {}}})
+    plots.write_metrics(good.run, [{"epoch": 1, "val_dice": 0.9, "seconds": 1.0}])
+    done = start(cohort, *words)
+    text, _ = done.communicate(timeout=240)
+    assert done.returncode == 0, text
+    assert "2 trials, 1 finished before" in text
+    frame = plots.read_trials(out / "results.csv").set_index("trial")
+    assert frame.status[good.name] == "done" and frame.status[bad.name] == "stopped"
+    assert frame.epochs_done[bad.name] == 1 and "stopped by ASHA after epoch 1" in text
+    assert (bad.run / "best.pt").exists() and not (bad.run / "last.pt").exists()
+    before = {p.name: p.read_bytes() for p in bad.run.iterdir() if p.is_file()}
+    assert tune.search(args, given) == 0  # nothing to do, so Ray is not started
+    assert {p.name: p.read_bytes() for p in bad.run.iterdir() if p.is_file()} == before
+    assert not (good.run / "best.pt").exists()

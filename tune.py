@@ -1,0 +1,872 @@
+"""Search over λ, θ and L with Ray Tune: python tune.py --search lambdas
+
+SPACES says what each search varies. A trial is train() in a run folder of its own below --out.
+These folders are the truth and Ray only schedules, so the same command again finishes a search
+that was stopped, killed or widened. python tune.py --report DIR prints its table, without Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+
+import plots
+from data import PHANTOM, UserError, atomic, find_studies, read_json, write_json
+from train import (
+    Busy,
+    Config,
+    add_flags,
+    as_config,
+    choose_splits,
+    command_line,
+    only_writer,
+    open_data,
+    plain,
+    reads,
+    resolve,
+    seconds_of,
+    train,
+)
+
+# ------------------------------------------------------------------ what a search varies
+
+SHARED = [(3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7)]  # Table 2, Fig. 3
+LAMBDAS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]  # supplement Fig. 1
+THETAS = [0.1, 0.2, 0.3, 0.4, 0.5, "learn"]  # Table 2
+
+# A search is one grid or several: every combination of the values of its options is a trial.
+SPACES = {
+    "lambdas": [
+        dict(version=["v3"], shared=[(5,)], phi=["shuffle"], lambda_rec=LAMBDAS, lambda_cls=LAMBDAS)
+    ],
+    "layers": [
+        dict(version=["v1", "v2", "v3"], phi=["none", "noise", "shuffle"], shared=SHARED),
+    ],
+    "theta": [dict(version=["v4"], theta=THETAS, shared=SHARED)],
+}
+SPACES["table2"] = SPACES["layers"] + SPACES["theta"]
+
+
+def between(low: float, high: float):
+    """Values whose logarithm is uniform, to three digits."""
+    return lambda rng: float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.3g}")
+
+
+def subset(items):
+    """Each item with probability 1/2."""
+    return lambda rng: tuple(item for item in items if rng.random() < 0.5)
+
+
+# --search free draws each option; those that the drawn version does not read are left out.
+FREE = dict(
+    version=["v1", "v2", "v3", "v4"],
+    shared=subset(range(1, 9)),
+    phi=["none", "noise", "shuffle"],
+    noise_sigma=between(0.05, 1),
+    shuffle_count=[1, 3, 10, 30],
+    lambda_rec=between(1e-5, 1e-1),
+    lambda_cls=between(1e-5, 1e-1),
+    theta=THETAS,
+    lr=between(1e-4, 1e-2),
+)
+# ASHA on the validation Dice: the first judgement after this part of the epochs, the next ones
+# each after three times as many; a trial goes on if it is among the best third seen there.
+FIRST_JUDGED, REDUCTION = 1 / 9, 3
+
+# Table 2 of the paper, Dice in percent: a row per training, in the order of SHARED.
+PAPER_TABLE2 = {
+    ("v1", "none"): (57.39, 62.88, 61.92, 61.91, 62.06, 62.08, 58.06),
+    ("v1", "noise"): (59.76, 62.83, 62.34, 62.21, 62.65, 62.36, 60.86),
+    ("v1", "shuffle"): (62.75, 63.97, 64.57, 63.80, 63.09, 63.01, 62.72),
+    ("v2", "none"): (58.42, 63.34, 62.15, 61.74, 62.24, 62.49, 59.00),
+    ("v2", "noise"): (59.96, 64.00, 62.62, 62.21, 62.85, 63.01, 61.44),
+    ("v2", "shuffle"): (63.15, 64.28, 65.50, 64.08, 63.69, 63.29, 63.33),
+    ("v3", "none"): (59.12, 63.36, 62.78, 62.25, 63.01, 63.22, 60.01),
+    ("v3", "noise"): (60.23, 64.33, 63.01, 62.89, 63.22, 63.30, 60.51),
+    ("v3", "shuffle"): (63.33, 64.55, 65.91, 64.44, 64.00, 63.43, 63.34),
+    ("v4", "0.1"): (59.61, 63.78, 63.65, 63.23, 60.58, 61.79, 60.81),
+    ("v4", "0.2"): (58.65, 62.66, 64.24, 63.35, 62.30, 63.99, 56.79),
+    ("v4", "0.3"): (61.67, 63.76, 64.22, 62.26, 61.89, 61.33, 58.21),
+    ("v4", "0.4"): (58.95, 62.93, 58.43, 63.64, 56.15, 60.69, 59.40),
+    ("v4", "0.5"): (59.86, 61.84, 61.00, 62.48, 60.38, 60.51, 57.79),
+    ("v4", "learn"): (60.89, 60.94, 60.81, 58.48, 56.52, 59.63, 47.42),
+}
+ROW_NAMES = {"none": "L2", "noise": "L2 + noise", "shuffle": "L2 + shuffling", "learn": "learned θ"}
+
+# ------------------------------------------------------------------ trials
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of a search: its name, which is its folder's, and its resolved config."""
+
+    name: str
+    config: Config
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.out)
+
+
+def settings(search: str, given: dict, seeds: list[int], samples: int, kind: str) -> list[dict]:
+    """The options of each trial. An option in `given` holds for all, in place of the space's.
+
+    Where only some of the trials read it, the others leave it out. Raises UserError.
+    """
+    trials = []
+    for seed in seeds:
+        if search == "free":
+            trials += [draw(seed, i) | given | {"seed": seed} for i in range(samples)]
+        for grid in SPACES.get(search, ()):
+            names = [name for name in grid if name not in given]
+            for values in itertools.product(*(grid[name] for name in names)):
+                trials.append(dict(zip(names, values, strict=True)) | given | {"seed": seed})
+    unread = []
+    for trial in trials:
+        config = Config(version=trial["version"], phi=trial.get("phi"))
+        unread.append({name for name, used in reads(config, kind).items() if not used})
+    nobody = set.intersection(*unread) & given.keys()  # left in, so that resolve() refuses it
+    return [
+        {name: value for name, value in trial.items() if name in nobody or name not in skip}
+        for trial, skip in zip(trials, unread, strict=True)
+    ]
+
+
+def draw(seed: int, number: int) -> dict:
+    """Sample `number` of --search free: the same for a seed, however many are drawn."""
+    rng = np.random.default_rng([seed, number])
+    return {
+        name: knob(rng) if callable(knob) else knob[rng.integers(len(knob))]
+        for name, knob in FREE.items()
+    }
+
+
+def name_of(config: Config, splits: dict) -> str:
+    """The settings in words and a hash of all of them, of the budget and of the studies."""
+    values = plain(config, weights_only=True) | {"epochs": config.epochs}
+    text = json.dumps([values, splits], sort_keys=True)
+    parts = [config.version, "L" + ("".join(map(str, config.shared)) or "none")]
+    if config.phi != "none":
+        parts.append(config.phi)
+    for word, value in (
+        ("theta", config.theta),
+        ("rec", config.lambda_rec),
+        ("cls", config.lambda_cls),
+    ):
+        if value is not None:
+            parts.append(f"{word}{value:g}" if isinstance(value, float) else f"{word}_{value}")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return "-".join([*parts, f"seed{config.seed}", digest])
+
+
+def plan(args: argparse.Namespace, given: dict) -> list[Trial]:
+    """All trials that were asked for, checked before anything starts, with the data preprocessed.
+
+    Raises UserError.
+    """
+    phantom = "data" not in given
+    kind = "petct" if phantom else find_studies(Path(given["data"])).kind
+    asked = settings(args.search, given, args.seed, args.samples, kind)
+    configs = [resolve(replace(Config(), **values), kind, phantom) for values in asked]
+    # one pass over the studies before the trials, which share its memory-mapped cache
+    _, cases = open_data(configs[0])
+    splits = choose_splits(configs[0], cases, None)
+    if args.search == "free" and not any(c.has_lesion for c in cases if c.name in splits["val"]):
+        raise UserError(
+            "--search free judges by the validation Dice, and no study of the validation part has "
+            "a lesion. Give other --splits or --split-seed."
+        )
+    trials = {}
+    for config in configs:
+        name = name_of(config, splits)
+        out = str(Path(args.out, name).resolve())
+        trials.setdefault(name, Trial(name, replace(config, out=out, resume=True, check=False)))
+    return list(trials.values())
+
+
+# ------------------------------------------------------------------ what the folders say
+
+
+def state(run: Path, epochs: int) -> tuple[str, str]:
+    """Status of a trial and its reason, from its folder alone."""
+    if (run / "summary.json").exists() and read_json(run / "summary.json").get("epochs") == epochs:
+        return "done", ""
+    if (run / "stopped.json").exists():
+        stopped = read_json(run / "stopped.json")
+        return "stopped", f"by ASHA after epoch {stopped['epoch']}"
+    if (run / "failed.txt").exists():
+        return "failed", (run / "failed.txt").read_text(encoding="utf-8").strip().splitlines()[0]
+    return ("unfinished", "") if (run / "config.json").exists() else ("waiting", "")
+
+
+def row_of(run: Path) -> dict:
+    """A row of results.csv: every setting, what came out, and the folder."""
+    record = read_json(run / "trial.json")
+    config = record["config"]
+    status, reason = state(run, config["epochs"])
+    rows = plots.read_metrics(run, config["epochs"])
+    val = [row["val_dice"] for row in rows if "val_dice" in row]
+    result = {
+        "epochs_done": rows[-1]["epoch"] if rows else 0,
+        "val_dice": max(val, default=None),
+        "seconds": round(seconds_of(rows), 1),
+        "gpu_memory_mb": max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None,
+    }
+    if status == "done":
+        summary = read_json(run / "summary.json")
+        result |= {key: summary.get(key) for key in ("val_dice", "seconds", "gpu_memory_mb")}
+        means = summary["systems"]["model"].items()
+        result |= {f"test_{metric}": values["mean"] for metric, values in means}
+    head = {"trial": run.name, "search": record["search"], "status": status, "reason": reason}
+    told = {k: as_text(v) for k, v in config.items() if k not in ("out", "kind")}
+    return head | told | result | {"folder": run.name}
+
+
+def as_text(value):
+    """An option as results.csv shows it: L as "4 5 6", or "none"."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
+
+
+class Results:
+    """results.csv of a search folder. Rows of ended trials are read once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.ended = folder, {}
+
+    def write(self, running=()) -> pd.DataFrame:
+        """Read the trials' folders and rewrite results.csv; `running`: names of trials."""
+        rows = []
+        for file in sorted(self.folder.glob("*/trial.json")):
+            row = self.ended.get(file.parent) or row_of(file.parent)
+            if row["status"] in ("done", "stopped"):
+                self.ended[file.parent] = row
+            elif file.parent.name in running:
+                row |= {"status": "running", "reason": ""}
+            rows.append(row)
+        frame = pd.DataFrame(rows)  # trials without test results may have come first
+        frame = frame[
+            sorted(frame, key=lambda name: name in ("seconds", "gpu_memory_mb", "folder"))
+        ]
+        with atomic(self.folder / "results.csv") as file:
+            file.write(frame.to_csv(index=False).encode())
+        return frame
+
+
+def when_free(action: Callable, patience: float):
+    """action(), once the process that writes the folder has gone. Raises Busy if it stays."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return action()
+        except Busy:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+
+
+def tidy(trials: list[Trial], patience: float = 0) -> None:
+    """Of a trial that ended the best checkpoint is kept; not while its process lives."""
+
+    def remove(run: Path) -> None:
+        with only_writer(run):
+            (run / "last.pt").unlink(missing_ok=True)
+
+    for trial in trials:
+        ended = state(trial.run, trial.config.epochs)[0] in ("done", "stopped")
+        if ended and (trial.run / "last.pt").exists():
+            with contextlib.suppress(Busy):
+                when_free(lambda run=trial.run: remove(run), patience)
+
+
+# ------------------------------------------------------------------ a trial, in Ray's process
+
+
+def run_trial(trial: dict) -> None:
+    """train() in the trial's folder, from its last checkpoint if it has one.
+
+    Bad input or a raised error ends the trial, not the search: failed.txt says why. Only a process
+    that dies is started again by Ray.
+    """
+    from ray import tune
+
+    task = trial["task"]
+    os.chdir(task["cwd"])  # relative paths mean what they mean to the user
+    config = as_config(task["config"])
+    run = Path(config.out)
+    best = -np.inf
+
+    def report(row: dict) -> None:
+        nonlocal best
+        best = max(best, row.get("val_dice", -np.inf))
+        told = {"epoch": row["epoch"], "ended": False}
+        told |= {"val_dice": best} if "val_dice" in row else {}
+        if row["epoch"] < config.epochs:  # the last one is told when its test results are there
+            tune.report(told)
+
+    (run / "failed.txt").unlink(missing_ok=True)
+    with (
+        open(run / "log.txt", "a", buffering=1, encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            for row in plots.read_metrics(run, config.epochs):
+                report(row)
+            # a killed search may have left a process that still writes here
+            result = when_free(lambda: train(config, report), patience=180)
+            told = {"epoch": config.epochs, "ended": True, "val_dice": result["val_dice"]}
+        except Exception as error:
+            traceback.print_exc()
+            reason = str(error) or type(error).__name__
+            with atomic(run / "failed.txt") as file:
+                file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
+            told = {"epoch": 0, "ended": True, "val_dice": None}
+    tune.report(told)
+
+
+# ------------------------------------------------------------------ Ray
+
+
+def start_ray(address: str | None):
+    """Ray, connected to a cluster or on this machine alone; returns the module."""
+    for key, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: only our own lines
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every epoch validates
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "RAY_AUTH_MODE": "token",
+    }.items():
+        os.environ.setdefault(key, value)
+    here = str(Path(__file__).resolve().parent)
+    paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    env = {"PYTHONPATH": paths, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    if not address:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # before the import: every server of this Ray listens on the loopback interface only
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray's own watch kills trials for memory that others use, and the search with them
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError('--search needs Ray: pip install "ray[tune]==2.60.0".') from None
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            logging_level="CRITICAL",
+            log_to_driver=False,
+            runtime_env={"env_vars": env},
+        )
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if not address:
+            raise UserError(f"Ray did not start: {reason}") from None
+        raise UserError(
+            f"--address {address}: no Ray cluster answers ({reason}). See `ray status` there."
+        ) from None
+    return ray
+
+
+def share_out(ray, args, config: Config) -> dict[str, float]:
+    """Processors and GPUs of each trial, from the flags or from what Ray sees."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {key: max(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU")}
+    gpus = args.gpus_per_trial
+    if gpus is None:
+        gpus = 1.0 if most["GPU"] and config.device in ("auto", "cuda") else 0.0
+    if not 0 <= gpus <= 1:
+        raise UserError(f"--gpus-per-trial {gpus:g}: a trial trains on one GPU or a part of one.")
+    if gpus > most["GPU"]:
+        raise UserError(f"--gpus-per-trial {gpus:g}: Ray sees no GPU here. Use 0.")
+    cpus = args.cpus_per_trial
+    if cpus is None:  # with GPUs, a trial and its loading processes
+        fit = max((node["CPU"] // (node["GPU"] / gpus) for node in nodes if node.get("GPU")),
+                  default=1) if gpus else 1  # fmt: skip
+        cpus = max(1, min(1 + config.workers, fit)) if gpus else 1
+    if not 0 < cpus <= most["CPU"]:
+        raise UserError(
+            f"--cpus-per-trial {cpus:g}: the largest node has {most['CPU']:g}. Give that or less."
+        )
+    return {"cpu": cpus, "gpu": gpus}
+
+
+def probe(paths: dict[str, str], ticket: str) -> list[str]:
+    """What is wrong on the node where this runs: one line for each."""
+    wrong = [f"{what} {path} is missing" for what, path in paths.items() if not Path(path).exists()]
+    folder = Path(paths["--out"])
+    if folder.exists() and not (folder / ticket).exists():
+        wrong.append(f"--out {folder} is another folder than on the first node")
+    if folder.exists() and not os.access(folder, os.W_OK):
+        wrong.append(f"--out {folder} cannot be written")
+    try:
+        import train as _  # noqa: F401
+    except ImportError as error:
+        wrong.append(f"train.py cannot be imported ({error})")
+    return wrong
+
+
+def probe_nodes(ray, trial: Trial, out: Path) -> None:
+    """Every node must see the code, the data, the cache and the output. Raises UserError."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    paths = {
+        "--out": str(out),
+        "--cache": str(Path(trial.config.cache).resolve()),
+        "--data": str(Path(trial.config.data or PHANTOM).resolve()),
+        "working folder": os.getcwd(),
+        "the code": str(Path(__file__).resolve().parent),
+    }
+    ticket = f".probe-{secrets.token_hex(8)}"
+    (out / ticket).touch()
+    problems = []
+    try:
+        ask = ray.remote(num_cpus=0)(probe)
+        asked = {
+            node["NodeManagerAddress"]: ask.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(paths, ticket)
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+        for address, answer in asked.items():
+            try:
+                problems += [f"  {address}: {line}" for line in ray.get(answer, timeout=120)]
+            except Exception as error:
+                reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+                problems.append(f"  {address}: no answer ({reason})")
+    finally:
+        (out / ticket).unlink(missing_ok=True)
+    if problems:
+        raise UserError(
+            "the nodes must share code, data, cache and output under the same paths:\n"
+            + "\n".join(problems)
+        )
+
+
+def halving(trials: list[Trial]):
+    """ASHA on the best validation Dice so far, with the epochs of ended trials replayed into it.
+
+    A stopped trial says so in its folder, and its best checkpoint is kept.
+    """
+    from ray.tune.schedulers import ASHAScheduler
+
+    class Halving(ASHAScheduler):
+        def on_trial_result(self, controller, trial, result):
+            decision = super().on_trial_result(controller, trial, result)
+            if decision == self.STOP and not result["ended"]:
+                run = Path(trial.config["task"]["config"]["out"])
+                told = {key: result.get(key) for key in ("epoch", "val_dice")}
+                write_json(run / "stopped.json", told)
+            return decision
+
+    epochs = trials[0].config.epochs
+    scheduler = Halving(
+        time_attr="epoch", metric="val_dice", mode="max", max_t=epochs + 1,
+        grace_period=max(1, round(epochs * FIRST_JUDGED)), reduction_factor=REDUCTION,
+    )  # fmt: skip
+    for trial in trials:
+        if state(trial.run, epochs)[0] not in ("done", "stopped"):
+            continue
+        past, best = SimpleNamespace(trial_id=trial.name), -np.inf
+        scheduler.on_trial_add(None, past)
+        for row in plots.read_metrics(trial.run, epochs - 1):
+            if "val_dice" in row:
+                best = max(best, row["val_dice"])
+                told = {"epoch": row["epoch"], "val_dice": best}
+                ASHAScheduler.on_trial_result(scheduler, None, past, told)
+    return scheduler
+
+
+class Table:
+    """The console: a line when a trial ends, and every few minutes while none does."""
+
+    quiet = 300  # seconds without a line
+
+    def __init__(self, trials: list[Trial], results: Results):
+        self.trials, self.results = {t.name: t for t in trials}, results
+        self.status = {t.name: state(t.run, t.config.epochs)[0] for t in trials}
+        self.at = {}  # epochs that trials of this launch began with and have now
+        self.began = self.last = time.monotonic()
+        self.best = -np.inf
+        for trial in trials:
+            if self.status[trial.name] in ("done", "stopped"):
+                self.best = max(self.best, best_val_dice(trial.run, trial.config.epochs))
+
+    def count(self, *wanted: str) -> int:
+        return sum(status in wanted for status in self.status.values())
+
+    def left(self) -> str:
+        """Time left, by the epochs per second of this launch; stopped trials make it an excess."""
+        done = sum(now - first for first, now in self.at.values())
+        spent = time.monotonic() - self.began
+        open_ = [n for n, s in self.status.items() if s in ("running", "waiting", "unfinished")]
+        todo = sum(self.trials[n].config.epochs - self.at.get(n, (0, 0))[1] for n in open_)
+        return str(timedelta(seconds=round(todo * spent / done))) if done else ""
+
+    def heading(self) -> None:
+        columns = ("elapsed", "done", "stopped", "failed", "running", "waiting", "val Dice", "best",
+                   "left")  # fmt: skip
+        print("".join(f"{column:>10}" for column in columns) + "  trial", flush=True)
+
+    def line(self, name: str, dice: float, note: str = "") -> None:
+        self.last = time.monotonic()
+        cells = [
+            timedelta(seconds=round(self.last - self.began)),
+            f"{self.count('done')}/{len(self.trials)}",
+            self.count("stopped"),
+            self.count("failed"),
+            self.count("running"),
+            self.count("waiting", "unfinished"),
+            f"{dice:.4f}" if np.isfinite(dice) else "",
+            f"{self.best:.4f}" if np.isfinite(self.best) else "",
+            self.left(),
+        ]
+        print("".join(f"{cell!s:>10}" for cell in cells) + f"  {name}{note}", flush=True)
+
+    def started(self, name: str) -> None:
+        self.status[name] = "running"
+        self.write()
+
+    def reported(self, name: str, result: dict) -> None:
+        first, _ = self.at.get(name, (result["epoch"] - 1, 0))
+        self.at[name] = (first, result["epoch"])
+        if not result["ended"] and time.monotonic() - self.last > self.quiet:
+            self.line(name, result.get("val_dice") or np.nan, f", epoch {result['epoch']}")
+
+    def ended(self, name: str) -> None:
+        run, epochs = self.trials[name].run, self.trials[name].config.epochs
+        self.status[name], reason = state(run, epochs)
+        tidy(list(self.trials.values()))
+        self.write()
+        dice = best_val_dice(run, epochs)
+        self.best = max(self.best, dice)
+        note = {"done": "", "stopped": f", stopped {reason}"}
+        self.line(name, dice, note.get(self.status[name], f", {self.status[name]}: {reason}"))
+
+    def write(self) -> None:
+        self.results.write({name for name, status in self.status.items() if status == "running"})
+
+
+def best_val_dice(run: Path, epochs: int) -> float:
+    """The best validation Dice of a run's epochs; -inf without any."""
+    return max((row.get("val_dice", -np.inf) for row in plots.read_metrics(run, epochs)),
+               default=-np.inf)  # fmt: skip
+
+
+def callback(table: Table):
+    """Ray's events, told to the table."""
+    from ray import tune
+
+    def name_of(trial) -> str:
+        return Path(trial.config["task"]["config"]["out"]).name
+
+    class Tell(tune.Callback):
+        def on_trial_start(self, iteration, trials, trial, **info):
+            table.started(name_of(trial))
+
+        def on_trial_result(self, iteration, trials, trial, result, **info):
+            table.reported(name_of(trial), result)
+
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            table.ended(name_of(trial))
+
+        def on_trial_error(self, iteration, trials, trial, **info):
+            failed = Path(trial.config["task"]["config"]["out"], "failed.txt")
+            if not failed.exists():
+                with atomic(failed) as file:
+                    file.write(b"its process died again and again; memory may be short\n")
+            table.ended(name_of(trial))
+
+    return Tell()
+
+
+def search(args: argparse.Namespace, given: dict) -> int:
+    """Run the trials that are not done; returns how many are left."""
+    out = Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out):
+        trials = plan(args, given)
+        for trial in trials:
+            if not (trial.run / "trial.json").exists():
+                trial.run.mkdir(exist_ok=True)
+                record = {"search": args.search, "config": plain(trial.config)}
+                write_json(trial.run / "trial.json", record)
+        results = Results(out)
+        table = Table(trials, results)
+        todo = [t for t in trials if table.status[t.name] not in ("done", "stopped")]
+        results.write()
+        finished = len(trials) - len(todo)
+        print(f"search     {out}: {len(trials)} trials, {finished} finished before", flush=True)
+        if todo:
+            schedule(args, trials, todo, out, table)
+        tidy(trials, patience=20)
+        results.write()
+    left = [t for t in trials if state(t.run, t.config.epochs)[0] not in ("done", "stopped")]
+    print(
+        f"\nresults    {out / 'results.csv'}; python tune.py --report {args.out} prints the table"
+    )
+    return len(left)
+
+
+def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Table) -> None:
+    """Let Ray run the trials of `todo`."""
+    address = args.address or os.environ.get("RAY_ADDRESS")
+    ray = start_ray(address)
+    from ray import tune
+
+    scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=out))  # Ray's own state: not needed again
+    try:
+        need = share_out(ray, args, todo[0].config)
+        if address:
+            probe_nodes(ray, todo[0], out)
+        mps = torch.backends.mps.is_available() and not need["gpu"]
+        base = {"threads": todo[0].config.threads or max(1, int(need["cpu"]))}
+        if todo[0].config.device == "auto" and not need["gpu"] and not mps:
+            base["device"] = "cpu"  # else trials without a GPU would all take the first one
+        tasks = [
+            {"cwd": os.getcwd(), "config": plain(replace(t.config, **base)) | {"resume": True}}
+            for t in todo
+        ]
+        print(
+            f"ray        {address or 'this machine'}: {need['cpu']:g} CPU and {need['gpu']:g} GPU "
+            f"per trial, {base['threads']} threads; each trial writes log.txt in its folder\n"
+        )
+        table.heading()
+        tuner = tune.Tuner(
+            tune.with_resources(run_trial, need),
+            param_space={"task": tune.grid_search(tasks)},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=args.max_concurrent or (1 if mps else None),
+                scheduler=halving(trials) if args.search == "free" else None,
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(scratch), verbose=0, callbacks=[callback(table)],
+                failure_config=tune.FailureConfig(max_failures=3),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+# ------------------------------------------------------------------ the report
+
+# What does not make two trials of one table different: seeds are averaged, places may move.
+ASIDE = {"seed", "data", "cache", "workers", "device", "threads", "compile", "window_batch"}
+
+
+def report(folder: Path) -> str:
+    """The tables of a search folder: Table 2, the λ grid of supplement Fig. 1, the best of free."""
+    if any(folder.glob("*/trial.json")):
+        Results(folder).write()  # the folders know more than the file if the search was killed
+    frame = plots.read_trials(folder / "results.csv")
+    done = frame[frame["status"] == "done"]
+    done = done.assign(dice=100 * done.filter(regex="^test_dice").mean(axis=1))  # MRI: 3 classes
+    counts = ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
+    parts = [f"{folder}: {len(frame)} trials, {counts}"]
+    table = done[done["search"].isin(("layers", "theta", "table2"))]
+    parts += [
+        table2(part, about) for about, part in alike(table, {"version", "phi", "theta", "shared"})
+    ]
+    table = done[done["search"] == "lambdas"]
+    parts += [
+        lambda_table(part, about) for about, part in alike(table, {"lambda_rec", "lambda_cls"})
+    ]
+    if (frame["search"] == "free").any():
+        parts.append(best_of_free(frame[frame["search"] == "free"]))
+    parts += [
+        f"failed: {row.trial}: {row.reason}"
+        for row in frame[frame["status"] == "failed"].itertuples()
+    ]
+    return "\n\n".join(parts)
+
+
+def alike(frame: pd.DataFrame, axes: set[str]) -> list[tuple[str, pd.DataFrame]]:
+    """The trials in groups that differ along `axes` and in their seed only, and what parts them."""
+    columns = list(frame.columns)
+    settings = columns[columns.index("reason") + 1 : columns.index("epochs_done")]
+    by_version = frame.groupby("version")  # a weight that only some versions have parts nothing
+    vary = [
+        name
+        for name in settings
+        if name not in axes | ASIDE and by_version[name].nunique(dropna=False).gt(1).any()
+    ]
+    if frame.empty or not vary:
+        return [("", frame)] if len(frame) else []
+    return [
+        (", ".join(f"{name} {value}" for name, value in zip(vary, key, strict=True)), part)
+        for key, part in frame.groupby(vary, dropna=False)
+    ]
+
+
+def table2(frame: pd.DataFrame, about: str) -> str:
+    """Table 2: test Dice in percent, here and in the paper.
+
+    * is the best of a box (a version and an L), ** also the best of its version, as the paper's
+    bold and underlined figures. Seeds are averaged.
+    """
+    row = frame["theta"].where(frame["version"] == "v4", frame["phi"])
+    means = frame.assign(row=row).groupby(["version", "row", "shared"])["dice"].mean()
+    sets = [as_text(shared) for shared in SHARED]
+    lines = [
+        title("Table 2: test Dice in percent, in brackets the paper's", frame, about),
+        f"{'':<21}" + "".join(f"{'{' + s.replace(' ', ',') + '}':<17}" for s in sets).rstrip(),
+    ]
+    for version in ("v1", "v2", "v3", "v4"):
+        keys = [key for key in PAPER_TABLE2 if key[0] == version]
+        ours = marked([[means.get((*key, shared), np.nan) for shared in sets] for key in keys])
+        papers = marked([PAPER_TABLE2[key] for key in keys])
+        for (_, name), own, theirs in zip(keys, ours, papers, strict=True):
+            cells = [f"{a} ({b})" for a, b in zip(own, theirs, strict=True)]
+            label = ROW_NAMES.get(name, f"θ = {name}")
+            line = f"{version:<4}{label:<17}" + "".join(f"{cell:<17}" for cell in cells)
+            lines.append(line.rstrip())
+    return "\n".join([*lines, "* best of its box, ** also best of its version"])
+
+
+def marked(values) -> list[list[str]]:
+    """The values of a version's rows (one a column per L) as text, the best ones marked."""
+    values = np.array(values, float)
+    best = np.nanmax(np.where(np.isfinite(values), values, -np.inf), axis=0)
+
+    def text(value: float, top: float) -> str:
+        mark = "**" if value == best.max() else "*" if value == top else ""
+        return f"{value:.2f}{mark}" if np.isfinite(value) else "–"
+
+    return [[text(v, top) for v, top in zip(row, best, strict=True)] for row in values]
+
+
+def lambda_table(frame: pd.DataFrame, about: str) -> str:
+    """Supplement Fig. 1 as a table: test Dice in percent over λ_rec (rows) and λ_cls (columns)."""
+    means = frame.pivot_table(index="lambda_rec", columns="lambda_cls", values="dice")
+    means = means.sort_index(ascending=False).sort_index(axis=1, ascending=False)
+    best = means.max(axis=None)
+    lines = [title("Test Dice in percent over λ_rec (rows) and λ_cls (columns)", frame, about)]
+    lines.append(f"{'':<8}" + "".join(f"{value:>9.0e}" for value in means.columns))
+    for weight, row in means.iterrows():
+        cells = (f"{v:.2f}{'*' if v == best else ' '}" if np.isfinite(v) else "– " for v in row)
+        lines.append(f"{weight:<8.0e}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join([*lines, "* best"])
+
+
+def best_of_free(frame: pd.DataFrame, most: int = 10) -> str:
+    """The trials of --search free with the best validation Dice."""
+    own = ["shuffle_count", "noise_sigma"]  # strengths of Φ, told only where it is used
+    frame = frame.sort_values("val_dice", ascending=False).head(most)
+    frame = frame.assign(
+        shuffle_count=frame["shuffle_count"].where(frame["phi"] == "shuffle"),
+        noise_sigma=frame["noise_sigma"].where(frame["phi"] == "noise"),
+    )
+    names = ["version", "shared", "phi", *own, "lambda_rec", "lambda_cls", "theta", "lr", "seed",
+             "status", "epochs_done", "val_dice", "test_dice"]  # fmt: skip
+    frame = frame[[name for name in names if name in frame and frame[name].notna().any()]]
+    text = frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")
+    return f"Best validation Dice of --search free\n{text}"
+
+
+def title(what: str, frame: pd.DataFrame, about: str) -> str:
+    seeds = frame["seed"].nunique()
+    return what + (f"; means over {seeds} seeds" if seeds > 1 else "") + (about and f"; {about}")
+
+
+# ------------------------------------------------------------------ command line
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The search's own options, and those of train.py that hold for all trials."""
+    parser = argparse.ArgumentParser(
+        description="Search over λ, θ and L with Ray Tune. The options of train.py (see there) "
+        "hold for all trials, in place of what the search has for them.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100),
+    )
+    parser.add_argument(
+        "--search", choices=(*SPACES, "free"),
+        help="lambdas: supplement Fig. 1; layers, theta, or both: table2; free: sampled, with ASHA",
+    )  # fmt: skip
+    parser.add_argument("--report", metavar="DIR", help="print the tables of a search folder")
+    parser.add_argument("--out", help="folder of the search [runs/<search>]")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", action="extend", metavar="", help="one or more seeds [0]"
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="", help="trials of --search free, for each seed [32]"
+    )
+    parser.add_argument("--address", help="of a Ray cluster [RAY_ADDRESS, else this machine alone]")
+    parser.add_argument(
+        "--gpus-per-trial", type=float, metavar="",
+        help="[1 if there is one] 0.5: two trials share a GPU, and each may take half its memory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpus-per-trial", type=float, metavar="",
+        help="[1; with GPUs 1 + --workers if there are so many]; also the threads of a trial",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-concurrent", type=int, metavar="", help="trials at once [as the resources allow]"
+    )
+    options = {f.name for f in fields(Config)} - {"out", "resume", "seed"}
+    add_flags(parser, options)
+    args = parser.parse_args(argv)
+    if (args.search is None) == (args.report is None):
+        raise UserError("give either --search, or --report with the folder of a search.")
+    if args.samples is not None and args.search != "free":
+        raise UserError(f"--samples has no effect on --search {args.search}. Leave it out.")
+    for name in ("samples", "max_concurrent"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")
+    args.samples, args.seed = args.samples or 32, args.seed or [0]
+    args.out = args.out or f"runs/{args.search}"
+    given = {name: value for name, value in vars(args).items() if name in options}
+    for name in ("data", "cache", "splits"):  # trials may run elsewhere
+        if name in given:
+            given[name] = str(Path(given[name]).resolve())
+    return args, {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def run_command(argv: list[str] | None = None) -> int:
+    """python tune.py: see the top of the file. Returns the exit code."""
+    args, given = parse(argv)
+    if args.report:
+        print(report(Path(args.report)))
+        return 0
+    left = search(args, given)
+    if left:
+        print(f"{left} trials are not finished: the same command goes on.", file=sys.stderr)
+    return 1 if left else 0
+
+
+def main() -> None:
+    def action() -> None:
+        code = run_command()
+        if code:
+            raise SystemExit(code)
+
+    command_line(action)
+
+
+if __name__ == "__main__":
+    from tune import main  # so that Ray's processes find run_trial by its name
+
+    main()
