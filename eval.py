@@ -464,12 +464,15 @@ def paired_p(ours: pd.Series, theirs: pd.Series) -> float:
 def finished_runs(root: Path, kind: str) -> dict[str, list[Path]]:
     """Runs below `root` with test results, by system, newest last; "<system> own" for --recipe own.
 
-    Only what train.py and --late-fusion write counts, not other evaluations of a run.
+    Only what train.py and --late-fusion write counts, not other evaluations of a run; trials of a
+    search count if `root` is its folder.
     """
     runs: dict[str, list[Path]] = {}
     for summary in sorted(root.glob("**/summary.json"), key=lambda path: path.stat().st_mtime):
         run = summary.parent
         if not ((run / "config.json").exists() and (run / "test_studies.csv").exists()):
+            continue
+        if (run / "trial.json").exists() and run.parent != root:
             continue
         record = read_json(run / "config.json")
         saved = record.get("config", {}) if isinstance(record, dict) else {}

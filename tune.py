@@ -88,9 +88,9 @@ FREE = dict(
     theta=THETAS,
     lr=between(1e-4, 1e-2),
 )
-# ASHA on the validation Dice: the first judgement after this part of the epochs, the next ones
-# each after three times as many; a trial goes on if it is among the best third seen there.
-FIRST_JUDGED, REDUCTION = 1 / 9, 3
+# ASHA on the validation Dice: judged after a third of the epochs (before that it says little: it is
+# near 0 whatever the settings), and after three times as many; the best third seen there goes on.
+FIRST_JUDGED, REDUCTION = 1 / 3, 3
 
 # Table 2 of the paper, Dice in percent: a row per training, in the order of SHARED.
 PAPER_TABLE2 = {
@@ -506,6 +506,7 @@ class Table:
 
     def __init__(self, trials: list[Trial], results: Results):
         self.trials, self.results = {t.name: t for t in trials}, results
+        self.screen = sys.stdout  # which Ray does not write to
         self.status = {t.name: state(t.run, t.config.epochs)[0] for t in trials}
         self.at = {}  # epochs that trials of this launch began with and have now
         self.began = self.last = time.monotonic()
@@ -528,7 +529,7 @@ class Table:
     def heading(self) -> None:
         columns = ("elapsed", "done", "stopped", "failed", "running", "waiting", "val Dice", "best",
                    "left")  # fmt: skip
-        print("".join(f"{column:>10}" for column in columns) + "  trial", flush=True)
+        print("".join(f"{c:>10}" for c in columns) + "  trial", file=self.screen, flush=True)
 
     def line(self, name: str, dice: float, note: str = "") -> None:
         self.last = time.monotonic()
@@ -543,7 +544,8 @@ class Table:
             f"{self.best:.4f}" if np.isfinite(self.best) else "",
             self.left(),
         ]
-        print("".join(f"{cell!s:>10}" for cell in cells) + f"  {name}{note}", flush=True)
+        text = "".join(f"{cell!s:>10}" for cell in cells) + f"  {name}{note}"
+        print(text, file=self.screen, flush=True)
 
     def started(self, name: str) -> None:
         self.status[name] = "running"
@@ -666,7 +668,13 @@ def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Tab
                 failure_config=tune.FailureConfig(max_failures=3),
             ),
         )  # fmt: skip
-        tuner.fit()
+        # a node that dies says so in a hundred lines
+        with (
+            open(out / "ray.log", "a", buffering=1, encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            tuner.fit()
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -827,7 +835,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         "--max-concurrent", type=int, metavar="", help="trials at once [as the resources allow]"
     )
     options = {f.name for f in fields(Config)} - {"out", "resume", "seed"}
-    add_flags(parser, options)
+    add_flags(parser.add_argument_group("options of train.py, for all trials"), options)
     args = parser.parse_args(argv)
     if (args.search is None) == (args.report is None):
         raise UserError("give either --search, or --report with the folder of a search.")

@@ -297,6 +297,53 @@ def test_a_second_search_in_one_folder_is_refused(tmp_path):
         other.wait()
 
 
+# ------------------------------------------------------------------ machines
+
+
+def fake_ray(*resources):
+    nodes = [{"Alive": True, "Resources": own} for own in resources]
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
+    return SimpleNamespace(nodes=lambda: [*nodes, dead])
+
+
+@pytest.mark.parametrize(
+    "nodes, words, expected",
+    [
+        ([{"CPU": 8.0}], [], (1, 0)),
+        ([{"CPU": 8.0}], ["--cpus-per-trial", "4"], (4, 0)),
+        ([{"CPU": 32.0, "GPU": 4.0}], [], (3, 1)),  # a trial and its two loading processes
+        ([{"CPU": 8.0, "GPU": 4.0}], [], (2, 1)),
+        ([{"CPU": 8.0, "GPU": 4.0}], ["--gpus-per-trial", "0.5"], (1, 0.5)),
+        ([{"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}], ["--workers", "9"], (8, 1)),
+        ([{"CPU": 8.0, "GPU": 4.0}], ["--device", "cpu"], (1, 0)),
+        ([{"CPU": 8.0}], ["--gpus-per-trial", "1"], "--gpus-per-trial 1: Ray sees no GPU"),
+        ([{"CPU": 8.0, "GPU": 4.0}], ["--gpus-per-trial", "2"], "a trial trains on one GPU"),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], ["--cpus-per-trial", "9"], "the largest node has 8"),
+        ([{"CPU": 8.0}], ["--cpus-per-trial", "0"], "--cpus-per-trial 0"),
+    ],
+)
+def test_what_a_trial_takes_of_the_machines(nodes, words, expected):
+    args, given = tune.parse(["--search", "lambdas", *words])
+    config = replace(train.Config(), **given)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            tune.share_out(fake_ray(*nodes), args, config)
+    else:
+        need = tune.share_out(fake_ray(*nodes), args, config)
+        assert (need["cpu"], need["gpu"]) == expected
+
+
+def test_a_node_that_lacks_a_folder_or_sees_another_one_is_found_out(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ticket").touch()
+    paths = {"--out": str(tmp_path / "out"), "--data": str(tmp_path)}
+    assert tune.probe(paths, "ticket") == []
+    (line,) = tune.probe(paths | {"--cache": str(tmp_path / "gone")}, "ticket")
+    assert line == f"--cache {tmp_path / 'gone'} is missing"
+    (line,) = tune.probe(paths, "other")
+    assert "is another folder than on the first node" in line
+
+
 # ------------------------------------------------------------------ early stopping
 
 
