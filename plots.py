@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -324,7 +325,7 @@ def phi_of_study(image: np.ndarray, config) -> tuple[np.ndarray, str]:
             share = config.shuffle_count * config.shuffle_edge**3 / np.prod(config.patch)
             count = max(round(share * ct.numel() / edge**3), min(config.shuffle_count, 1))
             ct = shuffle_voxels(ct, edge, count)
-            said = f"{count} cubes of {edge}³"
+            said = f"{count} cube{'s' * (count != 1)} of {edge}³"
     return np.concatenate([ct[0].numpy(), image[1:]]), said
 
 
@@ -498,7 +499,7 @@ def table_2(trials: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def set_order(layers: str) -> tuple:
     """Sorts the sets L: the paper's as in Table 2, then others by size."""
     known = PAPER_SETS.index(layers) if layers in PAPER_SETS else len(PAPER_SETS)
-    return known, len(layers), layers
+    return known, layers != "none", len(layers), layers
 
 
 def of_version(trials: pd.DataFrame, versions, compared: list[str], what: str) -> pd.DataFrame:
@@ -514,7 +515,7 @@ def search_axis(trials: pd.DataFrame, said: str, places: int = 0):
     figure, axis = plt.subplots(figsize=(3.3 if places < 9 else 7.0, 2.4))
     whole = "" if dice_column(trials) == "test_dice" else ", whole tumour"
     axis.set_ylabel(f"test Dice{whole} (%)")
-    axis.set_title(said, loc="right", color="0.3")
+    axis.set_title(textwrap.fill(said, 54), loc="right", color="0.3")
     axis.grid(axis="y")
     return figure, axis
 
@@ -574,7 +575,7 @@ def lambda_map(trials: pd.DataFrame):
     axis.set_yticks(range(table.shape[0]), powers(table.index))
     axis.set(xlabel=r"$λ_{\mathrm{rec}}$", ylabel=r"$λ_{\mathrm{class}}$")
     axis.patch.set(facecolor="0.9", edgecolor="0.6", hatch="////")  # seen where a cell is missing
-    axis.set_title(said, loc="right", color="0.3")
+    axis.set_title(textwrap.fill(said, 54), loc="right", color="0.3")
     figure.colorbar(image, label="test Dice (%)", pad=0.02)
     return figure, said
 
@@ -666,17 +667,19 @@ def publish(figure, out: Path, name: str) -> str:
 def draw_search(search: Path, out: Path) -> None:
     """Every figure whose comparison the search makes. Raises UserError if there is none."""
     trials = read_trials(search / "results.csv")
-    reasons = []
+    reasons = {}
     for name, draw in SEARCH_FIGURES.items():
         try:
             figure, said = draw(trials)
         except UserError as error:
-            reasons.append(f"{name:<16}not drawn: {error}")
+            reasons[name] = str(error)
             continue
         print(f"{publish(figure, out, name)}   {said}")
     if len(reasons) == len(SEARCH_FIGURES):
-        raise UserError(f"{search}: no figure to draw.\n" + "\n".join(reasons))
-    print("\n".join(reasons), end="\n" * bool(reasons))
+        why = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        raise UserError(f"{search}: no figure to draw of {why}.")
+    for name, reason in reasons.items():
+        print(f"{name:<16}not drawn: {reason}")
 
 
 def run_command(argv: list[str] | None = None) -> None:

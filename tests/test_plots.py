@@ -107,11 +107,13 @@ def labels(axis):
 
 def test_trials_keep_sets_and_theta_as_text(tmp_path):
     rows = [trial(dice=0.5), trial(shared="none", phi="none"), trial("v4", theta="0.20", dice=0.4)]
+    rows[1]["reason"] = "NA"
     trials = search(tmp_path, rows)
     assert list(trials["shared"]) == ["5", "none", "5"]
     assert list(trials["phi"]) == ["shuffle", "none", "shuffle"]
     assert trials["theta"].isna().tolist() == [True, True, False] and trials["theta"][2] == "0.20"
     assert trials["test_dice"].isna().tolist() == [False, True, False]
+    assert trials["reason"][1] == "NA"  # only an empty field is no value
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,8 @@ def test_fig_6_boxes_hold_the_fixed_thetas_and_the_learned_one_is_beside(tmp_pat
     assert dots(axis)[2] == pytest.approx([63.65, 64.24, 64.22, 58.43, 61.00])
     [learned] = dots(axis, "*")
     assert learned == pytest.approx([60.89, 60.94, 60.81, 58.48, 56.52, 59.63, 47.42])
-    low = min(line.get_ydata().min() for line in axis.get_lines() if line.get_marker() != "*")
+    whiskers = [line for line in axis.get_lines() if line.get_marker() in ("None", "")]
+    low = min(min(line.get_ydata()) for line in whiskers)
     assert low == pytest.approx(56.15)  # whiskers reach the worst fixed θ, not the learned one
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["fixed θ, 0.1 to 0.5", "learned θ"]
@@ -211,11 +214,11 @@ def test_an_unfinished_search_draws_what_is_there_and_counts_the_rest(tmp_path):
 
 
 def test_other_sets_follow_those_of_the_paper(tmp_path):
-    sets = ["none", "4 5", "1", "5", "4 5 6", "3"]
+    sets = ["none", "4 5", "8", "5", "4 5 6", "3"]
     rows = [trial("v1", layers, 0.5 + i / 100) for i, layers in enumerate(sets)]
     [axis] = plots.shared_curves(search(tmp_path, rows))[0].axes
-    assert labels(axis) == ["{3}", "{5}", "{4,5,6}", "{1}", "{4,5}", "none"]
-    assert list(axis.get_lines()[0].get_ydata()) == pytest.approx([55, 53, 54, 52, 51, 50])
+    assert labels(axis) == ["{3}", "{5}", "{4,5,6}", "none", "{8}", "{4,5}"]
+    assert list(axis.get_lines()[0].get_ydata()) == pytest.approx([55, 53, 54, 50, 52, 51])
 
 
 def test_brain_tumours_are_compared_by_the_whole_tumour(tmp_path):
@@ -311,7 +314,11 @@ def test_the_command_writes_what_the_search_compares(tmp_path, capsys):
 
 def test_no_text_of_a_figure_is_cut_off_or_too_small(tmp_path):
     rows = table_2() + [trial("v1", " ".join("12345678"[: n + 2]), 0.6) for n in range(3)]
-    trials, grid = search(tmp_path, rows), search(tmp_path, lambda_rows())
+    more = {"batch_size": 8, "weight_decay": 1, "lr": 1e-4, "schedule": "poly", "clip": 1}
+    rows += [trial("v3", "5", 0.6, **more), trial("v4", "5", 0.6, phi="none", theta="0.1", **more)]
+    trials = search(tmp_path, rows)
+    grid = search(tmp_path, [*lambda_rows()[:-1], trial(dice=0.5, **more)])
+    assert len(plots.phi_boxes(trials)[1]) > 70 < len(plots.lambda_map(grid)[1])  # two lines
     for draw in plots.SEARCH_FIGURES.values():
         figure, _ = draw(grid if draw is plots.lambda_map else trials)
         figure.draw_without_rendering()
@@ -345,6 +352,7 @@ def test_bad_commands_end_with_code_2(tmp_path, monkeypatch, capsys, arguments, 
         plots.main()
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.startswith("error: ") and message in said.err
+    assert said.err.count("\n") == 1
     assert not (tmp_path / "search" / "figures").exists() and not (tmp_path / "o").exists()
 
 
@@ -387,7 +395,7 @@ def test_shuffling_touches_the_share_of_a_training_crop():
     np.testing.assert_array_equal(seen[1], image[1])
     thin = image[:, :3]  # thinner than a cube: cubes as large as fit
     assert plots.phi_of_study(thin, settings("shuffle"))[1] == "11 cubes of 3³"
-    assert plots.phi_of_study(image[:, :8, :8, :8], settings("shuffle"))[1] == "1 cubes of 4³"
+    assert plots.phi_of_study(image[:, :8, :8, :8], settings("shuffle"))[1] == "1 cube of 4³"
     assert plots.phi_of_study(thin, settings("shuffle", shuffle_count=0))[1] == "0 cubes of 3³"
 
 
@@ -580,6 +588,18 @@ def test_masks_of_fig_8(version):
         assert (row[4] is None) == (version == "v1")
     if version == "v2":
         np.testing.assert_array_equal(row[4]["lines"]["whole"], maps["btl_seg"] > 0.5)
+
+
+def test_mri_backgrounds_are_black_and_reconstructions_have_the_scale_of_their_originals():
+    view = fake_view("v2-rec", "mri")
+    view.head[0, 0] = False
+    panels = {name: view.panel(name) for name in ("ct", "seen", "ct_rec", "pet", "pet_rec")}
+    for name, panel in panels.items():
+        low = panel["span"][0]
+        corner = view.maps[name][0, 0] if name.endswith("rec") else low
+        assert panel["image"][0, 0] == corner and panel["image"][1, 1] == view.maps[name][1, 1]
+    assert panels["ct_rec"]["span"] == panels["ct"]["span"] == panels["seen"]["span"]
+    assert panels["pet_rec"]["span"] == panels["pet"]["span"] != panels["ct"]["span"]
 
 
 def test_the_study_can_be_chosen_among_those_all_runs_test(petct, tmp_path, capsys):
