@@ -423,10 +423,6 @@ def holders(run):
     return found
 
 
-def hashes(run):
-    return {p.name: p.read_bytes() for p in run.iterdir() if p.is_file() and p.name != "log.txt"}
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds processes in /proc")
 def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(cohort):
     """Three trials, one at a time: the first fails on a damaged checkpoint; kill -9 of the second
