@@ -438,7 +438,8 @@ def read_trials(path: Path) -> pd.DataFrame:
 
     `shared` and `theta` are text. Raises UserError if the file is missing or not of a search.
     """
-    text = dict.fromkeys(("trial", "status", "version", "shared", "phi", "theta"), str)
+    words = ("trial", "search", "status", "version", "shared", "phi", "theta")
+    text = dict.fromkeys(words, str)
     numbers = dict.fromkeys(("lambda_rec", "lambda_cls", "test_dice", "test_dice_whole"), float)
     try:
         trials = pd.read_csv(path, dtype=text | numbers, keep_default_na=False, na_values=[""])
@@ -645,6 +646,7 @@ def theta_boxes(trials: pd.DataFrame):
     return figure, said
 
 
+TABLE_2 = ("layers", "theta", "table2")  # searches of tune.py that one table shows
 SEARCH_FIGURES = {
     "fig_s1_lambdas": lambda_map,
     "fig4_phi": phi_boxes,
@@ -672,7 +674,8 @@ def draw_search(search: Path, out: Path) -> None:
     reasons = {}
     for name, draw in SEARCH_FIGURES.items():
         try:
-            figure, said = draw(trials)
+            aside = {"free", *(TABLE_2 if draw is lambda_map else ["lambdas"])}
+            figure, said = draw(trials[~trials["search"].isin(aside)])
         except UserError as error:
             reasons[name] = str(error)
             continue

@@ -695,7 +695,7 @@ def report(folder: Path) -> str:
     done = done.assign(dice=100 * done.filter(regex="^test_dice").mean(axis=1))  # MRI: 3 classes
     counts = ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
     parts = [f"{folder}: {len(frame)} trials, {counts}"]
-    table = done[done["search"].isin(("layers", "theta", "table2"))]
+    table = done[done["search"].isin(plots.TABLE_2)]
     parts += [
         table2(part, about) for about, part in alike(table, {"version", "phi", "theta", "shared"})
     ]
@@ -741,7 +741,7 @@ def table2(frame: pd.DataFrame, about: str) -> str:
     sets = [as_text(shared) for shared in SHARED]
     lines = [
         title("Table 2: test Dice in percent, in brackets the paper's", frame, about),
-        f"{'':<21}" + "".join(f"{'{' + s.replace(' ', ',') + '}':<17}" for s in sets).rstrip(),
+        f"{'':<21}" + "".join(f"{'{' + s.replace(' ', ',') + '}':<18}" for s in sets).rstrip(),
     ]
     for version in ("v1", "v2", "v3", "v4"):
         keys = [key for key in PAPER_TABLE2 if key[0] == version]
@@ -750,7 +750,7 @@ def table2(frame: pd.DataFrame, about: str) -> str:
         for (_, name), own, theirs in zip(keys, ours, papers, strict=True):
             cells = [f"{a} ({b})" for a, b in zip(own, theirs, strict=True)]
             label = ROW_NAMES.get(name, f"θ = {name}")
-            line = f"{version:<4}{label:<17}" + "".join(f"{cell:<17}" for cell in cells)
+            line = f"{version:<4}{label:<17}" + "".join(f"{cell:<18}" for cell in cells)
             lines.append(line.rstrip())
     return "\n".join([*lines, "* best of its box, ** also best of its version"])
 

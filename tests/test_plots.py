@@ -52,7 +52,8 @@ def tidy():
 
 def trial(version="v3", shared="5", dice=None, **options):
     """A row of results.csv; without a Dice, of a trial that waits."""
-    row = {"trial": "", "status": "waiting" if dice is None else "done", "reason": None}
+    row = {"trial": "", "search": "mine", "status": "waiting" if dice is None else "done"}
+    row |= {"reason": None}
     row |= {"version": version, "shared": shared, "phi": "shuffle", "theta": None}
     row |= {"lambda_rec": 1e-4, "lambda_cls": 1e-3 if version == "v3" else None, "lr": 1e-3}
     row |= {"seed": 0, "epochs": 400, "epochs_done": 400, "val_dice": 0.9, "test_dice": dice}
@@ -122,7 +123,7 @@ def test_trials_keep_sets_and_theta_as_text(tmp_path):
         (None, "No such file"),
         (b"", "not the results of a search"),
         (b"\xff\xfe\x00\x80", "not the results of a search"),
-        (b"study,dice\na,0.5\n", "no column trial, status, version"),
+        (b"study,dice\na,0.5\n", "no column trial, search, status"),
         (b"1,2\n3,4,5\n6,7,8,9,10\n", "not the results of a search"),
     ],
 )
@@ -140,6 +141,25 @@ def test_a_search_without_results_and_a_dice_that_is_no_number(tmp_path, rows):
     with pytest.raises(UserError, match="of its 1 trials has a test Dice yet|not the results"):
         search(tmp_path, rows)
         plots.draw_search(tmp_path / "search", tmp_path / "figures")
+
+
+def test_searches_that_share_a_folder_do_not_mix(tmp_path, monkeypatch):
+    rows = [trial("v3", "5", 0.5, search=name) for name in ("layers", "lambdas", "free", "mine")]
+    drawn = {}
+
+    def note(name):
+        def draw(trials):
+            drawn[name] = set(trials["search"])
+            raise UserError("noted")
+
+        return draw
+
+    lambdas, others = note("lambdas"), note("others")
+    monkeypatch.setattr(plots, "lambda_map", lambdas)
+    monkeypatch.setattr(plots, "SEARCH_FIGURES", {"a": lambdas, "b": others})
+    with pytest.raises(UserError, match="no figure"):
+        plots.draw_search(write_search(tmp_path / "search", rows), tmp_path / "figures")
+    assert drawn == {"lambdas": {"lambdas", "mine"}, "others": {"layers", "mine"}}
 
 
 # --------------------------------------------------------------- Figs. 4-6 of the paper's Table 2
