@@ -448,10 +448,15 @@ def read_trials(path: Path) -> pd.DataFrame:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not the results of a search ({reason}).") from None
-    needed = [*text, "lambda_rec", "lambda_cls", "seed"]
+    needed = [*text, "lambda_rec", "lambda_cls", "seed", "reason", "epochs_done", "val_dice"]
     if missing := [name for name in needed if name not in trials]:
         raise UserError(f"{path}: not the results of a search (no column {', '.join(missing)}).")
     return trials
+
+
+def of_searches(trials: pd.DataFrame, aside: set[str]) -> pd.DataFrame:
+    """The trials that another search than those of `aside` asked for."""
+    return trials[trials["search"].str.split().map(lambda own: bool(set(own) - aside))]
 
 
 def dice_column(trials: pd.DataFrame) -> str | None:
@@ -675,7 +680,7 @@ def draw_search(search: Path, out: Path) -> None:
     for name, draw in SEARCH_FIGURES.items():
         try:
             aside = {"free", *(TABLE_2 if draw is lambda_map else ["lambdas"])}
-            figure, said = draw(trials[~trials["search"].isin(aside)])
+            figure, said = draw(of_searches(trials, aside))
         except UserError as error:
             reasons[name] = str(error)
             continue

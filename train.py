@@ -978,7 +978,10 @@ def command_line(action: Callable[[], None]) -> None:
         print(f"error: {error.filename}: {error.strerror}. Choose another path.", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept (train.py --resume goes on)", file=sys.stderr)
+        print(
+            "stopped; what was finished is kept (train.py --resume or the same search goes on)",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
 
 

@@ -14,7 +14,9 @@ import itertools
 import json
 import os
 import secrets
+import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -31,6 +33,7 @@ import torch
 
 import plots
 from data import PHANTOM, UserError, atomic, find_studies, read_json, write_json
+from mirror_unet import VARIANTS
 from train import (
     Busy,
     Config,
@@ -88,8 +91,9 @@ FREE = dict(
     theta=THETAS,
     lr=between(1e-4, 1e-2),
 )
-# ASHA on the validation Dice: judged after a third of the epochs (before that it says little: it is
-# near 0 whatever the settings), and after three times as many; the best third seen there goes on.
+# ASHA on the validation Dice: judged after this part of the epochs (before that it says little: it
+# is near 0 whatever the settings) and, if that leaves room, after REDUCTION times as many, and so
+# on; one in REDUCTION goes on.
 FIRST_JUDGED, REDUCTION = 1 / 3, 3
 
 # Table 2 of the paper, Dice in percent: a row per training, in the order of SHARED.
@@ -135,34 +139,44 @@ def settings(search: str, given: dict, seeds: list[int], samples: int, kind: str
     trials = []
     for seed in seeds:
         if search == "free":
-            trials += [draw(seed, i) | given | {"seed": seed} for i in range(samples)]
+            trials += [draw(seed, i, kind) | given | {"seed": seed} for i in range(samples)]
         for grid in SPACES.get(search, ()):
             names = [name for name in grid if name not in given]
             for values in itertools.product(*(grid[name] for name in names)):
                 trials.append(dict(zip(names, values, strict=True)) | given | {"seed": seed})
+    return leave_out_unread(trials, given, kind)
+
+
+def leave_out_unread(trials: list[dict], given: dict, kind: str) -> list[dict]:
+    """The trials without the options that their versions do not read, such as λ_cls of v2.
+
+    A given option that no trial reads stays, so that resolve() refuses it.
+    """
     unread = []
     for trial in trials:
         config = Config(version=trial["version"], phi=trial.get("phi"))
         unread.append({name for name, used in reads(config, kind).items() if not used})
-    nobody = set.intersection(*unread) & given.keys()  # left in, so that resolve() refuses it
+    nobody = set.intersection(*unread) & given.keys()
     return [
         {name: value for name, value in trial.items() if name in nobody or name not in skip}
         for trial, skip in zip(trials, unread, strict=True)
     ]
 
 
-def draw(seed: int, number: int) -> dict:
+def draw(seed: int, number: int, kind: str) -> dict:
     """Sample `number` of --search free: the same for a seed, however many are drawn."""
     rng = np.random.default_rng([seed, number])
+    knobs = FREE | {"version": [v for v in FREE["version"] if v in VARIANTS[kind]]}
     return {
         name: knob(rng) if callable(knob) else knob[rng.integers(len(knob))]
-        for name, knob in FREE.items()
+        for name, knob in knobs.items()
     }
 
 
 def name_of(config: Config, splits: dict) -> str:
     """The settings in words and a hash of all of them, of the budget and of the studies."""
     values = plain(config, weights_only=True) | {"epochs": config.epochs}
+    del values["splits"]  # a path; what it holds is in `splits`
     text = json.dumps([values, splits], sort_keys=True)
     parts = [config.version, "L" + ("".join(map(str, config.shared)) or "none")]
     if config.phi != "none":
@@ -206,39 +220,57 @@ def plan(args: argparse.Namespace, given: dict) -> list[Trial]:
 # ------------------------------------------------------------------ what the folders say
 
 
-def state(run: Path, epochs: int) -> tuple[str, str]:
-    """Status of a trial and its reason, from its folder alone."""
-    if (run / "summary.json").exists() and read_json(run / "summary.json").get("epochs") == epochs:
-        return "done", ""
-    if (run / "stopped.json").exists():
-        stopped = read_json(run / "stopped.json")
-        return "stopped", f"by ASHA after epoch {stopped['epoch']}"
-    if (run / "failed.txt").exists():
-        return "failed", (run / "failed.txt").read_text(encoding="utf-8").strip().splitlines()[0]
-    return ("unfinished", "") if (run / "config.json").exists() else ("waiting", "")
+def look(run: Path, epochs: int) -> dict:
+    """What a trial's folder says: its status and why, and what came out so far.
+
+    Whatever is wrong with the files of one trial, it must not end the search or the report.
+    """
+    try:
+        rows = plots.read_metrics(run, epochs)
+        found = {
+            "status": "unfinished" if (run / "config.json").exists() else "waiting",
+            "reason": "",
+            "epochs_done": rows[-1]["epoch"] if rows else 0,
+            "val_dice": max((row["val_dice"] for row in rows if "val_dice" in row), default=None),
+            "seconds": round(seconds_of(rows), 1),
+            "gpu_memory_mb": max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None,
+        }
+        if (run / "summary.json").exists():
+            summary = read_json(run / "summary.json")
+            if summary["epochs"] == epochs:
+                found |= {key: summary.get(key) for key in ("seconds", "gpu_memory_mb")}
+                means = summary["systems"]["model"].items()
+                found |= {f"test_{metric}": values["mean"] for metric, values in means}
+                return found | {"status": "done"}
+        if (run / "stopped.json").exists():
+            reason = f"by ASHA after epoch {read_json(run / 'stopped.json')['epoch']}"
+            return found | {"status": "stopped", "reason": reason}
+        if (run / "failed.txt").exists():
+            text = (run / "failed.txt").read_text(encoding="utf-8", errors="replace")
+            return found | {"status": "failed", "reason": text.split("\n")[0]}
+        return found
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return {"status": "failed", "reason": f"damaged folder: {reason}"}
+
+
+ENDED = ("done", "stopped")
 
 
 def row_of(run: Path) -> dict:
-    """A row of results.csv: every setting, what came out, and the folder."""
-    record = read_json(run / "trial.json")
-    config = record["config"]
-    status, reason = state(run, config["epochs"])
-    rows = plots.read_metrics(run, config["epochs"])
-    val = [row["val_dice"] for row in rows if "val_dice" in row]
-    result = {
-        "epochs_done": rows[-1]["epoch"] if rows else 0,
-        "val_dice": max(val, default=None),
-        "seconds": round(seconds_of(rows), 1),
-        "gpu_memory_mb": max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None,
-    }
-    if status == "done":
-        summary = read_json(run / "summary.json")
-        result |= {key: summary.get(key) for key in ("val_dice", "seconds", "gpu_memory_mb")}
-        means = summary["systems"]["model"].items()
-        result |= {f"test_{metric}": values["mean"] for metric, values in means}
-    head = {"trial": run.name, "search": record["search"], "status": status, "reason": reason}
-    told = {k: as_text(v) for k, v in config.items() if k not in ("out", "kind")}
-    return head | told | result | {"folder": run.name}
+    """A row of results.csv: every setting that the trial reads, what came out, and the folder."""
+    try:
+        record = read_json(run / "trial.json")
+        config, searches = record["config"], " ".join(record["searches"])
+        used = reads(as_config(config), config["kind"])
+        found = look(run, config["epochs"])
+    except Exception:
+        reason = "damaged folder: trial.json (the search's command writes it again)"
+        return {"trial": run.name, "search": "unknown", "status": "failed", "reason": reason}
+    told = {k: as_text(v) for k, v in config.items() if k != "out"}
+    told |= {k: None for k, reads_it in used.items() if not reads_it and k != "phi"}
+    head = {"trial": run.name, "search": searches, **{k: found[k] for k in ("status", "reason")}}
+    return head | told | {"epochs_done": 0} | found | {"folder": run.name}
 
 
 def as_text(value):
@@ -252,23 +284,22 @@ class Results:
     def __init__(self, folder: Path):
         self.folder, self.ended = folder, {}
 
-    def write(self, running=()) -> pd.DataFrame:
+    def write(self, running=()) -> None:
         """Read the trials' folders and rewrite results.csv; `running`: names of trials."""
         rows = []
         for file in sorted(self.folder.glob("*/trial.json")):
             row = self.ended.get(file.parent) or row_of(file.parent)
-            if row["status"] in ("done", "stopped"):
+            if row["status"] in ENDED:
                 self.ended[file.parent] = row
             elif file.parent.name in running:
                 row |= {"status": "running", "reason": ""}
             rows.append(row)
-        frame = pd.DataFrame(rows)  # trials without test results may have come first
-        frame = frame[
-            sorted(frame, key=lambda name: name in ("seconds", "gpu_memory_mb", "folder"))
-        ]
+        frame = pd.DataFrame(sorted(rows, key=len, reverse=True))  # complete ones name the columns
+        frame = frame.sort_values("trial")
+        last = [name for name in ("seconds", "gpu_memory_mb", "folder") if name in frame]
+        frame = frame[[name for name in frame if name not in last] + last]
         with atomic(self.folder / "results.csv") as file:
             file.write(frame.to_csv(index=False).encode())
-        return frame
 
 
 def when_free(action: Callable, patience: float):
@@ -291,8 +322,8 @@ def tidy(trials: list[Trial], patience: float = 0) -> None:
             (run / "last.pt").unlink(missing_ok=True)
 
     for trial in trials:
-        ended = state(trial.run, trial.config.epochs)[0] in ("done", "stopped")
-        if ended and (trial.run / "last.pt").exists():
+        left = (trial.run / "last.pt").exists()
+        if left and look(trial.run, trial.config.epochs)["status"] in ENDED:
             with contextlib.suppress(Busy):
                 when_free(lambda run=trial.run: remove(run), patience)
 
@@ -312,35 +343,31 @@ def run_trial(trial: dict) -> None:
     os.chdir(task["cwd"])  # relative paths mean what they mean to the user
     config = as_config(task["config"])
     run = Path(config.out)
-    best = -np.inf
 
-    def report(row: dict) -> None:
-        nonlocal best
-        best = max(best, row.get("val_dice", -np.inf))
-        told = {"epoch": row["epoch"], "ended": False}
-        told |= {"val_dice": best} if "val_dice" in row else {}
+    def report(row: dict, **more) -> None:
         if row["epoch"] < config.epochs:  # the last one is told when its test results are there
-            tune.report(told)
+            dice = {"val_dice": row["val_dice"]} if "val_dice" in row else {}
+            tune.report({"epoch": row["epoch"], "ended": False, **dice, **more})
 
     (run / "failed.txt").unlink(missing_ok=True)
+    ended = {"epoch": config.epochs, "ended": True}
     with (
         open(run / "log.txt", "a", buffering=1, encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         try:
+            # ASHA may not have seen the epochs of a launch before; for a grid they say where it is
             for row in plots.read_metrics(run, config.epochs):
-                report(row)
+                report(row, replayed=True)
             # a killed search may have left a process that still writes here
-            result = when_free(lambda: train(config, report), patience=180)
-            told = {"epoch": config.epochs, "ended": True, "val_dice": result["val_dice"]}
+            when_free(lambda: train(config, report), patience=180)
         except Exception as error:
             traceback.print_exc()
-            reason = str(error) or type(error).__name__
+            reason = (str(error) or type(error).__name__).strip()
             with atomic(run / "failed.txt") as file:
                 file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
-            told = {"epoch": 0, "ended": True, "val_dice": None}
-    tune.report(told)
+    tune.report(ended)
 
 
 # ------------------------------------------------------------------ Ray
@@ -367,6 +394,8 @@ def start_ray(address: str | None):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # Ray's own watch kills trials for memory that others use, and the search with them
         os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    else:
+        knock(address)
     try:
         import ray
     except ImportError:
@@ -389,25 +418,38 @@ def start_ray(address: str | None):
     return ray
 
 
+def knock(address: str) -> None:
+    """Raises UserError if nothing listens at host:port, for which Ray would wait minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"--address {address}: nobody answers ({error.strerror or error}). Start Ray there."
+        ) from None
+
+
 def share_out(ray, args, config: Config) -> dict[str, float]:
     """Processors and GPUs of each trial, from the flags or from what Ray sees."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {key: max(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU")}
-    gpus = args.gpus_per_trial
+    nodes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+    most = max(gpu for _, gpu in nodes)
+    gpus, cpus = args.gpus_per_trial, args.cpus_per_trial
     if gpus is None:
-        gpus = 1.0 if most["GPU"] and config.device in ("auto", "cuda") else 0.0
+        gpus = 1.0 if most and config.device in ("auto", "cuda") else 0.0
     if not 0 <= gpus <= 1:
         raise UserError(f"--gpus-per-trial {gpus:g}: a trial trains on one GPU or a part of one.")
-    if gpus > most["GPU"]:
+    if gpus > most:
         raise UserError(f"--gpus-per-trial {gpus:g}: Ray sees no GPU here. Use 0.")
-    cpus = args.cpus_per_trial
-    if cpus is None:  # with GPUs, a trial and its loading processes
-        fit = max((node["CPU"] // (node["GPU"] / gpus) for node in nodes if node.get("GPU")),
-                  default=1) if gpus else 1  # fmt: skip
-        cpus = max(1, min(1 + config.workers, fit)) if gpus else 1
-    if not 0 < cpus <= most["CPU"]:
+    if cpus is None and gpus:  # a trial and its readers, if every GPU can have so many
+        fit = min(cpu // (gpu / gpus) for cpu, gpu in nodes if gpu >= gpus)
+        cpus = max(1, min(1 + config.workers, fit))
+    cpus = 1 if cpus is None else cpus
+    if cpus <= 0 or not any(cpu >= cpus and gpu >= gpus for cpu, gpu in nodes):
+        most = max((cpu for cpu, gpu in nodes if gpu >= gpus), default=0)
         raise UserError(
-            f"--cpus-per-trial {cpus:g}: the largest node has {most['CPU']:g}. Give that or less."
+            f"--cpus-per-trial {cpus:g}: above 0 and at most {most:g}, as a node has for a trial."
         )
     return {"cpu": cpus, "gpu": gpus}
 
@@ -438,6 +480,8 @@ def probe_nodes(ray, trial: Trial, out: Path) -> None:
         "working folder": os.getcwd(),
         "the code": str(Path(__file__).resolve().parent),
     }
+    if trial.config.splits:
+        paths["--splits"] = trial.config.splits
     ticket = f".probe-{secrets.token_hex(8)}"
     (out / ticket).touch()
     problems = []
@@ -466,7 +510,7 @@ def probe_nodes(ray, trial: Trial, out: Path) -> None:
 
 
 def halving(trials: list[Trial]):
-    """ASHA on the best validation Dice so far, with the epochs of ended trials replayed into it.
+    """ASHA on the validation Dice, with the epochs of ended trials replayed into it.
 
     A stopped trial says so in its folder, and its best checkpoint is kept.
     """
@@ -482,20 +526,19 @@ def halving(trials: list[Trial]):
             return decision
 
     epochs = trials[0].config.epochs
+    first = max(1, round(epochs * FIRST_JUDGED))
     scheduler = Halving(
-        time_attr="epoch", metric="val_dice", mode="max", max_t=epochs + 1,
-        grace_period=max(1, round(epochs * FIRST_JUDGED)), reduction_factor=REDUCTION,
+        time_attr="epoch", metric="val_dice", mode="max", grace_period=first,
+        max_t=max(first, int(0.8 * epochs)),  # a judgement near the end would save nothing
+        reduction_factor=REDUCTION, stop_last_trials=False,
     )  # fmt: skip
     for trial in trials:
-        if state(trial.run, epochs)[0] not in ("done", "stopped"):
+        if look(trial.run, epochs)["status"] not in ENDED:
             continue
-        past, best = SimpleNamespace(trial_id=trial.name), -np.inf
+        past = SimpleNamespace(trial_id=trial.name)
         scheduler.on_trial_add(None, past)
         for row in plots.read_metrics(trial.run, epochs - 1):
-            if "val_dice" in row:
-                best = max(best, row["val_dice"])
-                told = {"epoch": row["epoch"], "val_dice": best}
-                ASHAScheduler.on_trial_result(scheduler, None, past, told)
+            ASHAScheduler.on_trial_result(scheduler, None, past, row)
     return scheduler
 
 
@@ -507,13 +550,12 @@ class Table:
     def __init__(self, trials: list[Trial], results: Results):
         self.trials, self.results = {t.name: t for t in trials}, results
         self.screen = sys.stdout  # which Ray does not write to
-        self.status = {t.name: state(t.run, t.config.epochs)[0] for t in trials}
+        found = {t.name: look(t.run, t.config.epochs) for t in trials}
+        self.status = {name: own["status"] for name, own in found.items()}
         self.at = {}  # epochs that trials of this launch began with and have now
         self.began = self.last = time.monotonic()
-        self.best = -np.inf
-        for trial in trials:
-            if self.status[trial.name] in ("done", "stopped"):
-                self.best = max(self.best, best_val_dice(trial.run, trial.config.epochs))
+        dices = [own.get("val_dice") for own in found.values() if own["status"] in ENDED]
+        self.best = max((dice for dice in dices if dice is not None), default=np.nan)
 
     def count(self, *wanted: str) -> int:
         return sum(status in wanted for status in self.status.values())
@@ -552,56 +594,67 @@ class Table:
         self.write()
 
     def reported(self, name: str, result: dict) -> None:
-        first, _ = self.at.get(name, (result["epoch"] - 1, 0))
-        self.at[name] = (first, result["epoch"])
-        if not result["ended"] and time.monotonic() - self.last > self.quiet:
-            self.line(name, result.get("val_dice") or np.nan, f", epoch {result['epoch']}")
+        if result["ended"]:
+            return
+        now = result["epoch"]
+        first, _ = self.at.get(name, (now - 1, 0))
+        self.at[name] = (now if result.get("replayed") else first, now)
+        if time.monotonic() - self.last > self.quiet:
+            self.line(name, result.get("val_dice", np.nan), f", epoch {now}")
 
     def ended(self, name: str) -> None:
-        run, epochs = self.trials[name].run, self.trials[name].config.epochs
-        self.status[name], reason = state(run, epochs)
-        tidy(list(self.trials.values()))
+        trial = self.trials[name]
+        found = look(trial.run, trial.config.epochs)
+        status, reason = found["status"], found["reason"]
+        self.status[name] = status
+        self.at[name] = (self.at.get(name, (0, 0))[0], found.get("epochs_done", 0))
+        tidy([trial])
         self.write()
-        dice = best_val_dice(run, epochs)
-        self.best = max(self.best, dice)
-        note = {"done": "", "stopped": f", stopped {reason}"}
-        self.line(name, dice, note.get(self.status[name], f", {self.status[name]}: {reason}"))
+        dice = found.get("val_dice")
+        dice = np.nan if dice is None else dice
+        self.best = np.fmax(self.best, dice)
+        self.line(name, dice, "" if status == "done" else f", {status} {reason}".rstrip())
 
     def write(self) -> None:
         self.results.write({name for name, status in self.status.items() if status == "running"})
-
-
-def best_val_dice(run: Path, epochs: int) -> float:
-    """The best validation Dice of a run's epochs; -inf without any."""
-    return max((row.get("val_dice", -np.inf) for row in plots.read_metrics(run, epochs)),
-               default=-np.inf)  # fmt: skip
 
 
 def callback(table: Table):
     """Ray's events, told to the table."""
     from ray import tune
 
-    def name_of(trial) -> str:
+    def folder_name(trial) -> str:
         return Path(trial.config["task"]["config"]["out"]).name
 
     class Tell(tune.Callback):
         def on_trial_start(self, iteration, trials, trial, **info):
-            table.started(name_of(trial))
+            table.started(folder_name(trial))
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
-            table.reported(name_of(trial), result)
+            table.reported(folder_name(trial), result)
 
         def on_trial_complete(self, iteration, trials, trial, **info):
-            table.ended(name_of(trial))
+            table.ended(folder_name(trial))
 
         def on_trial_error(self, iteration, trials, trial, **info):
             failed = Path(trial.config["task"]["config"]["out"], "failed.txt")
             if not failed.exists():
                 with atomic(failed) as file:
                     file.write(b"its process died again and again; memory may be short\n")
-            table.ended(name_of(trial))
+            table.ended(folder_name(trial))
 
     return Tell()
+
+
+def announce(trial: Trial, search: str) -> None:
+    """Write trial.json: the settings, and the searches that asked for them."""
+    trial.run.mkdir(exist_ok=True)
+    searches = []
+    with contextlib.suppress(UserError, KeyError, TypeError):  # none yet, or damaged
+        searches = read_json(trial.run / "trial.json")["searches"]
+    if search not in searches:
+        record = {"searches": [*searches, search], "config": plain(trial.config)}
+        write_json(trial.run / "trial.json", record)
 
 
 def search(args: argparse.Namespace, given: dict) -> int:
@@ -610,14 +663,13 @@ def search(args: argparse.Namespace, given: dict) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
         trials = plan(args, given)
+        for old in (*out.glob(".ray-*"), *out.glob(".probe-*")):  # of a killed search
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         for trial in trials:
-            if not (trial.run / "trial.json").exists():
-                trial.run.mkdir(exist_ok=True)
-                record = {"search": args.search, "config": plain(trial.config)}
-                write_json(trial.run / "trial.json", record)
+            announce(trial, args.search)
         results = Results(out)
         table = Table(trials, results)
-        todo = [t for t in trials if table.status[t.name] not in ("done", "stopped")]
+        todo = [t for t in trials if table.status[t.name] not in ENDED]
         results.write()
         finished = len(trials) - len(todo)
         print(f"search     {out}: {len(trials)} trials, {finished} finished before", flush=True)
@@ -625,17 +677,16 @@ def search(args: argparse.Namespace, given: dict) -> int:
             schedule(args, trials, todo, out, table)
         tidy(trials, patience=20)
         results.write()
-    left = [t for t in trials if state(t.run, t.config.epochs)[0] not in ("done", "stopped")]
-    print(
-        f"\nresults    {out / 'results.csv'}; python tune.py --report {args.out} prints the table"
-    )
+        left = [t for t in trials if look(t.run, t.config.epochs)["status"] not in ENDED]
+    folder = shlex.quote(str(args.out))
+    print(f"\nresults    {out / 'results.csv'}; tables: python tune.py --report {folder}")
     return len(left)
 
 
 def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Table) -> None:
     """Let Ray run the trials of `todo`."""
     address = args.address or os.environ.get("RAY_ADDRESS")
-    ray = start_ray(address)
+    ray = start_ray(None if address == "local" else address)
     from ray import tune
 
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=out))  # Ray's own state: not needed again
@@ -689,58 +740,74 @@ ASIDE = {"seed", "data", "cache", "workers", "device", "threads", "compile", "wi
 def report(folder: Path) -> str:
     """The tables of a search folder: Table 2, the λ grid of supplement Fig. 1, the best of free."""
     if any(folder.glob("*/trial.json")):
-        Results(folder).write()  # the folders know more than the file if the search was killed
+        # the folders know more than the file if the search was killed; while it runs it writes
+        with contextlib.suppress(Busy, OSError), only_writer(folder):
+            Results(folder).write()
     frame = plots.read_trials(folder / "results.csv")
-    done = frame[frame["status"] == "done"]
-    done = done.assign(dice=100 * done.filter(regex="^test_dice").mean(axis=1))  # MRI: 3 classes
+    frame = frame.assign(dice=100 * frame[plots.dice_column(frame) or "val_dice"])
     counts = ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
     parts = [f"{folder}: {len(frame)} trials, {counts}"]
-    table = done[done["search"].isin(plots.TABLE_2)]
-    parts += [
-        table2(part, about) for about, part in alike(table, {"version", "phi", "theta", "shared"})
-    ]
-    table = done[done["search"] == "lambdas"]
-    parts += [
-        lambda_table(part, about) for about, part in alike(table, {"lambda_rec", "lambda_cls"})
-    ]
-    if (frame["search"] == "free").any():
-        parts.append(best_of_free(frame[frame["search"] == "free"]))
-    parts += [
-        f"failed: {row.trial}: {row.reason}"
-        for row in frame[frame["status"] == "failed"].itertuples()
-    ]
+    done = frame[frame["status"] == "done"]
+    shown = done[[]]
+    for aside, axes, table in (
+        ({"lambdas", "free"}, {"version", "phi", "theta", "shared"}, table2),
+        ({*plots.TABLE_2, "free"}, {"lambda_rec", "lambda_cls"}, lambda_table),
+    ):
+        own = plots.of_searches(done, aside)
+        for about, part in alike(own, axes):
+            text, used = table(part, about)
+            parts += [text] if len(used) else []
+            shown = pd.concat([shown, part.loc[used, []]])
+    free = frame[frame["search"].str.split().map(lambda own: "free" in own)]
+    if len(free):
+        parts.append("Best validation Dice of --search free\n" + listing(free))
+    other = done.drop(index=shown.index.union(free.index), errors="ignore")
+    if len(other):
+        parts.append("In none of the paper's tables\n" + listing(other, most=len(other)))
+    failed = frame[frame["status"] == "failed"]
+    parts += [f"failed: {row.trial}: {row.reason}" for row in failed.itertuples()]
     return "\n\n".join(parts)
 
 
 def alike(frame: pd.DataFrame, axes: set[str]) -> list[tuple[str, pd.DataFrame]]:
-    """The trials in groups that differ along `axes` and in their seed only, and what parts them."""
+    """The trials in groups that differ along `axes` and in their seed only, and what parts them.
+
+    An option that a trial does not read (NaN) parts it from no other.
+    """
+    if frame.empty:
+        return []
     columns = list(frame.columns)
-    settings = columns[columns.index("reason") + 1 : columns.index("epochs_done")]
-    by_version = frame.groupby("version")  # a weight that only some versions have parts nothing
-    vary = [
-        name
-        for name in settings
-        if name not in axes | ASIDE and by_version[name].nunique(dropna=False).gt(1).any()
-    ]
-    if frame.empty or not vary:
-        return [("", frame)] if len(frame) else []
-    return [
-        (", ".join(f"{name} {value}" for name, value in zip(vary, key, strict=True)), part)
-        for key, part in frame.groupby(vary, dropna=False)
-    ]
+    options = columns[columns.index("reason") + 1 : columns.index("epochs_done")]
+    # where versions are compared, λ_seg may be one thing in v1 and another in v4
+    apart = frame.groupby("version" if "version" in axes else np.zeros(len(frame)))
+    vary = [n for n in options if n not in axes | ASIDE and apart[n].nunique().gt(1).any()]
+    groups = []
+    for key in itertools.product(*(frame[name].dropna().unique() for name in vary)):
+        same = [(frame[name] == value) for name, value in zip(vary, key, strict=True)]
+        fits = [own | frame[name].isna() for own, name in zip(same, vary, strict=True)]
+        part = frame[np.logical_and.reduce(fits)] if vary else frame
+        if all(own[part.index].any() for own in same):
+            about = ", ".join(f"{n} {value:g}" if isinstance(value, float) else f"{n} {value}"
+                              for n, value in zip(vary, key, strict=True))  # fmt: skip
+            groups.append((about, part))
+    return groups
 
 
-def table2(frame: pd.DataFrame, about: str) -> str:
-    """Table 2: test Dice in percent, here and in the paper.
+def table2(frame: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
+    """Table 2: test Dice in percent, here and in the paper; and which trials it shows.
 
     * is the best of a box (a version and an L), ** also the best of its version, as the paper's
     bold and underlined figures. Seeds are averaged.
     """
-    row = frame["theta"].where(frame["version"] == "v4", frame["phi"])
-    means = frame.assign(row=row).groupby(["version", "row", "shared"])["dice"].mean()
     sets = [as_text(shared) for shared in SHARED]
+    frame = frame.assign(row=frame["theta"].where(frame["version"] == "v4", frame["phi"]))
+    keys = zip(frame["version"], frame["row"], strict=True)
+    known = np.array([key in PAPER_TABLE2 for key in keys], bool)
+    frame = frame[known & frame["shared"].isin(sets) & (frame["kind"] == "petct")]
+    cells = frame.groupby(["version", "row", "shared"])["dice"]
+    means = cells.mean()
     lines = [
-        title("Table 2: test Dice in percent, in brackets the paper's", frame, about),
+        title("Table 2: test Dice in percent, in brackets the paper's", cells, about),
         f"{'':<21}" + "".join(f"{'{' + s.replace(' ', ',') + '}':<18}" for s in sets).rstrip(),
     ]
     for version in ("v1", "v2", "v3", "v4"):
@@ -748,17 +815,16 @@ def table2(frame: pd.DataFrame, about: str) -> str:
         ours = marked([[means.get((*key, shared), np.nan) for shared in sets] for key in keys])
         papers = marked([PAPER_TABLE2[key] for key in keys])
         for (_, name), own, theirs in zip(keys, ours, papers, strict=True):
-            cells = [f"{a} ({b})" for a, b in zip(own, theirs, strict=True)]
             label = ROW_NAMES.get(name, f"θ = {name}")
-            line = f"{version:<4}{label:<17}" + "".join(f"{cell:<18}" for cell in cells)
-            lines.append(line.rstrip())
-    return "\n".join([*lines, "* best of its box, ** also best of its version"])
+            pairs = (f"{a} ({b})" for a, b in zip(own, theirs, strict=True))
+            lines.append(f"{version:<4}{label:<17}{''.join(f'{p:<18}' for p in pairs)}".rstrip())
+    return "\n".join([*lines, "* best of its box, ** also best of its version"]), frame.index
 
 
 def marked(values) -> list[list[str]]:
     """The values of a version's rows (one a column per L) as text, the best ones marked."""
     values = np.array(values, float)
-    best = np.nanmax(np.where(np.isfinite(values), values, -np.inf), axis=0)
+    best = np.where(np.isfinite(values), values, -np.inf).max(axis=0)
 
     def text(value: float, top: float) -> str:
         mark = "**" if value == best.max() else "*" if value == top else ""
@@ -767,37 +833,38 @@ def marked(values) -> list[list[str]]:
     return [[text(v, top) for v, top in zip(row, best, strict=True)] for row in values]
 
 
-def lambda_table(frame: pd.DataFrame, about: str) -> str:
-    """Supplement Fig. 1 as a table: test Dice in percent over λ_rec (rows) and λ_cls (columns)."""
-    means = frame.pivot_table(index="lambda_rec", columns="lambda_cls", values="dice")
-    means = means.sort_index(ascending=False).sort_index(axis=1, ascending=False)
+def lambda_table(frame: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
+    """Supplement Fig. 1 as a table: test Dice in percent over λ_rec (rows) and λ_cls (columns);
+    and which trials it shows."""
+    frame = frame.dropna(subset=["lambda_rec", "lambda_cls"])
+    if frame.empty:
+        return "", frame.index
+    cells = frame.groupby(["lambda_rec", "lambda_cls"])["dice"]
+    means = cells.mean().unstack().sort_index(ascending=False).sort_index(axis=1, ascending=False)
     best = means.max(axis=None)
-    lines = [title("Test Dice in percent over λ_rec (rows) and λ_cls (columns)", frame, about)]
-    lines.append(f"{'':<8}" + "".join(f"{value:>9.0e}" for value in means.columns))
+    lines = [title("Test Dice in percent over λ_rec (rows) and λ_cls (columns)", cells, about)]
+    lines.append(f"{'':<8}" + "".join(f"{value:>8.0e} " for value in means.columns).rstrip())
     for weight, row in means.iterrows():
-        cells = (f"{v:.2f}{'*' if v == best else ' '}" if np.isfinite(v) else "– " for v in row)
-        lines.append(f"{weight:<8.0e}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join([*lines, "* best"])
+        texts = (f"{v:.2f}{'*' if v == best else ' '}" if np.isfinite(v) else "– " for v in row)
+        lines.append(f"{weight:<8.0e}{''.join(f'{text:>9}' for text in texts)}".rstrip())
+    return "\n".join([*lines, "* best"]), frame.index
 
 
-def best_of_free(frame: pd.DataFrame, most: int = 10) -> str:
-    """The trials of --search free with the best validation Dice."""
-    own = ["shuffle_count", "noise_sigma"]  # strengths of Φ, told only where it is used
+def listing(frame: pd.DataFrame, most: int = 10) -> str:
+    """The trials with the best validation Dice, a line each."""
+    names = ["version", "shared", "phi", "shuffle_count", "noise_sigma", "lambda_rec", "lambda_cls",
+             "theta", "lr", "seed", "status", "epochs_done", "val_dice", "dice"]  # fmt: skip
     frame = frame.sort_values("val_dice", ascending=False).head(most)
-    frame = frame.assign(
-        shuffle_count=frame["shuffle_count"].where(frame["phi"] == "shuffle"),
-        noise_sigma=frame["noise_sigma"].where(frame["phi"] == "noise"),
-    )
-    names = ["version", "shared", "phi", *own, "lambda_rec", "lambda_cls", "theta", "lr", "seed",
-             "status", "epochs_done", "val_dice", "test_dice"]  # fmt: skip
     frame = frame[[name for name in names if name in frame and frame[name].notna().any()]]
-    text = frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")
-    return f"Best validation Dice of --search free\n{text}"
+    frame = frame.rename(columns={"dice": "test Dice in %"})
+    return frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")
 
 
-def title(what: str, frame: pd.DataFrame, about: str) -> str:
-    seeds = frame["seed"].nunique()
-    return what + (f"; means over {seeds} seeds" if seeds > 1 else "") + (about and f"; {about}")
+def title(what: str, cells, about: str) -> str:
+    """What a table shows, the seeds per cell, and what parts it from others."""
+    low, high = cells.size().min(), cells.size().max()
+    seeds = "" if high == 1 else f"; means over {f'{low} to ' if low < high else ''}{high} seeds"
+    return what + seeds + (about and f"; {about}")
 
 
 # ------------------------------------------------------------------ command line
@@ -841,6 +908,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         raise UserError("give either --search, or --report with the folder of a search.")
     if args.samples is not None and args.search != "free":
         raise UserError(f"--samples has no effect on --search {args.search}. Leave it out.")
+    if any(seed < 0 for seed in args.seed or ()):
+        raise UserError(f"--seed {min(args.seed)}: the least is 0.")
     for name in ("samples", "max_concurrent"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1.")

@@ -125,14 +125,8 @@ def test_the_name_tells_the_settings_and_changes_with_all_that_matters():
     for change in ({"epochs": 11}, {"lr": 2e-3}, {"batch_size": 3}, {"shuffle_count": 2}):
         assert tune.name_of(replace(config, **change), splits) != name
     assert tune.name_of(config, splits | {"test": ["d"]}) != name
-    for same in (
-        {"workers": 7},
-        {"threads": 3},
-        {"data": "elsewhere"},
-        {"out": "x"},
-        {"device": "cpu"},
-    ):
-        assert tune.name_of(replace(config, **same), splits) == name
+    for same in (train.LAUNCH | {"splits"}) - {"epochs"}:
+        assert tune.name_of(replace(config, **{same: "other"}), splits) == name
     assert tune.name_of(configs("theta")[-1], splits).startswith("v4-L34567-theta_learn-seed0-")
     everything = configs("table2", seeds=(0, 1))
     assert len({tune.name_of(c, splits) for c in everything}) == 210
@@ -141,12 +135,17 @@ def test_the_name_tells_the_settings_and_changes_with_all_that_matters():
 # ------------------------------------------------------------------ folders and tables
 
 
+def state(run, epochs):
+    found = tune.look(run, epochs)
+    return found["status"], found["reason"]
+
+
 def make_trial(root, name, search="table2", status="done", dice=0.5, rows=None, **changes):
     """A trial's folder as a search leaves it."""
     config = train.resolve(replace(train.Config(), epochs=4, val_every=1, **changes), "petct", True)
     run = root / name
     run.mkdir(parents=True)
-    write_json(run / "trial.json", {"search": search, "config": train.plain(config)})
+    write_json(run / "trial.json", {"searches": search.split(), "config": train.plain(config)})
     if status != "waiting":
         write_json(run / "config.json", {"config": train.plain(config)})
         rows = rows or [0.1, 0.3, 0.2]
@@ -168,8 +167,8 @@ def make_trial(root, name, search="table2", status="done", dice=0.5, rows=None, 
 
 def test_results_have_a_row_per_trial_from_its_folder(tmp_path):
     states = ("done", "stopped", "failed", "unfinished", "waiting")
-    for state in states:
-        make_trial(tmp_path, state, status=state, version="v4", shared=())
+    for status in states:
+        make_trial(tmp_path, status, status=status, version="v4", shared=())
     make_trial(tmp_path, "going", status="unfinished")
     tune.Results(tmp_path).write(running={"going"})
     frame = plots.read_trials(tmp_path / "results.csv").set_index("trial")
@@ -187,7 +186,7 @@ def test_results_have_a_row_per_trial_from_its_folder(tmp_path):
     assert frame.reason["failed"] == "the loss is nan"
     assert frame.epochs_done["waiting"] == 0 and done.folder == "done"
     # another budget is another trial, even in a folder that was made for this one
-    assert tune.state(tmp_path / "done", 5)[0] == "unfinished"
+    assert state(tmp_path / "done", 5)[0] == "unfinished"
 
 
 def test_the_report_is_table_2_with_the_papers_figures_beside_ours(tmp_path):
@@ -234,6 +233,62 @@ def test_the_report_of_lambdas_and_of_free(tmp_path):
     listed = text[text.index("--search free") :]
     assert re.search(r"v2\s+1 8.*stopped", listed) and re.search(r"v4\s+5.*learn.*done", listed)
     assert listed.index("v2") < listed.index("v4")
+
+
+def test_an_option_that_only_some_trials_read_parts_no_table(tmp_path):
+    for i, values in enumerate(tune.settings(
+        "layers", {"shuffle_count": 30, "noise_sigma": 0.5, "shared": (5,)}, [0], 0, "petct"
+    )):  # fmt: skip
+        make_trial(tmp_path, f"t{i}", dice=i / 100, **values)
+    text = tune.report(tmp_path)
+    assert text.count("Table 2") == 1 and len(re.findall(r"\d\.00\** \(", text)) == 9
+    frame = plots.read_trials(tmp_path / "results.csv")
+    assert sorted(frame["shuffle_count"].dropna()) == [30] * 3
+    assert sorted(frame["noise_sigma"].dropna()) == [0.5] * 3
+
+
+def test_a_trial_that_two_searches_ask_for_stands_in_both_tables(tmp_path):
+    run, config = make_trial(tmp_path, "t", "lambdas", version="v3", phi="shuffle", dice=0.6591)
+    tune.announce(tune.Trial("t", replace(config, out=str(run))), "layers")
+    tune.announce(tune.Trial("t", replace(config, out=str(run))), "layers")
+    assert tune.read_json(run / "trial.json")["searches"] == ["lambdas", "layers"]
+    text = tune.report(tmp_path)
+    assert "65.91** (65.91**)" in text and "65.91*\n" in text
+
+
+def test_trials_outside_the_papers_tables_are_listed_and_do_not_mix(tmp_path):
+    make_trial(tmp_path, "a", "lambdas", version="v3", phi="shuffle", lambda_rec=0.1,
+               lambda_cls=0.1, dice=0.9)  # fmt: skip
+    make_trial(tmp_path, "b", "lambdas", version="v3_ct_only", phi="shuffle", lambda_rec=0.1,
+               lambda_cls=0.1, dice=0.1)  # fmt: skip
+    make_trial(tmp_path, "c", "lambdas", version="v2", lambda_rec=0.1, dice=0.2)
+    make_trial(tmp_path, "d", "theta", version="v4", theta=0.25, dice=0.3)
+    make_trial(tmp_path, "e", "layers", version="v1", shared=(2,), dice=0.4)
+    text = tune.report(tmp_path)
+    assert "version v3, modality both\n" in text and "v3_ct_only, modality ct\n" in text
+    assert "90.00*\n" in text and "10.00*\n" in text and "50.00" not in text
+    listed = text[text.index("In none of the paper's tables") :].splitlines()[2:]
+    assert [line.split()[0] for line in listed] == ["v2", "v4", "v1"]  # their val Dice is equal
+
+
+BAD = {
+    "trial.json": (b"[]", b"{}", b"", b"garbage"),
+    "summary.json": (b"[]", b"null", b"", b"{}"),
+    "metrics.csv": (b"", b"garbage", b"\xff\xfe", b"epoch,val_dice\n1,0.5\n"),
+    "stopped.json": (b"{}", b"[]", b""),
+    "failed.txt": (b"", b"\n \n", b"\xff"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_file_of_one_trial_ends_neither_search_nor_report(name, tmp_path):
+    make_trial(tmp_path, "good", version="v1", phi="noise", dice=0.6)
+    run, _ = make_trial(tmp_path, "bad", status="unfinished", version="v2")
+    for content in BAD[name]:
+        (run / name).write_bytes(content)
+        assert tune.look(run, 4)["status"] == "failed" or name == "trial.json"
+        text = tune.report(tmp_path)
+        assert "60.00** (62.34)" in text and "failed: bad: " in text
 
 
 def test_report_needs_no_ray(tmp_path):
@@ -318,7 +373,7 @@ def fake_ray(*resources):
         ([{"CPU": 8.0, "GPU": 4.0}], ["--device", "cpu"], (1, 0)),
         ([{"CPU": 8.0}], ["--gpus-per-trial", "1"], "--gpus-per-trial 1: Ray sees no GPU"),
         ([{"CPU": 8.0, "GPU": 4.0}], ["--gpus-per-trial", "2"], "a trial trains on one GPU"),
-        ([{"CPU": 8.0}, {"CPU": 4.0}], ["--cpus-per-trial", "9"], "the largest node has 8"),
+        ([{"CPU": 8.0}, {"CPU": 4.0}], ["--cpus-per-trial", "9"], "above 0 and at most 8"),
         ([{"CPU": 8.0}], ["--cpus-per-trial", "0"], "--cpus-per-trial 0"),
     ],
 )
@@ -376,12 +431,49 @@ def test_a_restart_replays_ended_trials_into_the_scheduler_and_stopped_ones_say_
         told = {"epoch": 1, "val_dice": dice, "ended": False}
         decisions[name] = scheduler.on_trial_result(None, trial, told)
     assert decisions == {"new": "STOP", "late": "CONTINUE"}
-    assert tune.state(tmp_path / "new", 4) == ("stopped", "by ASHA after epoch 1")
+    assert state(tmp_path / "new", 4) == ("stopped", "by ASHA after epoch 1")
     assert not (tmp_path / "late" / "stopped.json").exists()
     # the last report of a trial that has its results is no reason to call it stopped
     told = {"epoch": 4, "val_dice": 0.0, "ended": True}
     scheduler.on_trial_result(None, trial, told)
     assert not (tmp_path / "late" / "stopped.json").exists()
+
+    # nor does a trial that failed have a Dice to be judged by
+    failed = {"epoch": 4, "ended": True}
+    assert scheduler.on_trial_result(None, trial, failed) == "CONTINUE"
+
+
+@pytest.mark.parametrize(
+    "epochs, judged", [(1, [1]), (2, [1]), (10, [3]), (100, [33]), (400, [133])]
+)
+def test_no_judgement_comes_near_the_end(epochs, judged, tmp_path):
+    _, config = make_trial(tmp_path, "t", "free", "waiting", version="v2")
+    scheduler = tune.halving([tune.Trial("t", replace(config, epochs=epochs, out=str(tmp_path)))])
+    assert [milestone for milestone, _ in scheduler._brackets[0]._rungs] == judged
+
+
+def test_time_left_counts_the_epochs_of_this_launch(tmp_path, monkeypatch, capsys):
+    trials = []
+    for name in ("old", "new", "bad"):
+        run, config = make_trial(tmp_path, name, status="waiting", version="v2")
+        trials.append(tune.Trial(name, replace(config, epochs=100, out=str(run))))
+    clock = [1000.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    table = tune.Table(trials, tune.Results(tmp_path))
+    table.started("old")
+    for epoch in range(1, 91):  # done before
+        table.reported("old", {"epoch": epoch, "ended": False, "replayed": True})
+    assert table.left() == ""
+    clock[0] += 50
+    table.reported("old", {"epoch": 95, "ended": False})
+    assert table.left() == str(tune.timedelta(seconds=10 * (5 + 100 + 100)))
+    (tmp_path / "bad" / "failed.txt").write_text("no memory\nmore")
+    table.started("bad")
+    table.reported("bad", {"epoch": 100, "ended": True})
+    table.ended("bad")
+    assert table.left() == str(tune.timedelta(seconds=10 * (5 + 100)))
+    words = capsys.readouterr().out.split()
+    assert words[:9] == ["0:00:50", "0/3", "0", "1", "1", "1", "0:17:30", "bad,", "failed"]
 
 
 # ------------------------------------------------------------------ whole searches, killed
@@ -439,13 +531,13 @@ def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(coh
     (none / "last.pt").write_bytes(b"damaged")
     os.kill(wait_for(lambda: holders(noise))[0], signal.SIGKILL)
     both = {noise, shuffle}
-    (done,) = wait_for(lambda: {run for run in both if tune.state(run, 2)[0] == "done"})
+    (done,) = wait_for(lambda: {run for run in both if state(run, 2)[0] == "done"})
     (other,) = both - {done}
     wait_for(lambda: (other / "config.json").exists())
     driver.send_signal(signal.SIGKILL)
     text, _ = driver.communicate()
     assert "failed: " in text and "last.pt: not a readable checkpoint" in text
-    assert tune.state(other, 2)[0] == "unfinished"
+    assert state(other, 2)[0] == "unfinished"
     before = {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()}
     (none / "last.pt").unlink()
 
@@ -485,7 +577,7 @@ def test_a_free_search_goes_on_from_its_ended_trials_and_stops_the_worse_one(coh
     given["cache"] = str(cohort / "cache")
     good, bad = tune.plan(args, given)
     good.run.mkdir(parents=True)
-    write_json(good.run / "trial.json", {"search": "free", "config": train.plain(good.config)})
+    write_json(good.run / "trial.json", {"searches": ["free"], "config": train.plain(good.config)})
     write_json(good.run / "summary.json", {"epochs": 2, "systems": {"model": {}}})
     plots.write_metrics(good.run, [{"epoch": 1, "val_dice": 0.9, "seconds": 1.0}])
     done = start(cohort, *words)
