@@ -613,7 +613,8 @@ class Table:
         dice = found.get("val_dice")
         dice = np.nan if dice is None else dice
         self.best = np.fmax(self.best, dice)
-        self.line(name, dice, "" if status == "done" else f", {status} {reason}".rstrip())
+        notes = {"done": "", "stopped": f", stopped {reason}"}
+        self.line(name, dice, notes.get(status, f", {status}: {reason}"))
 
     def write(self) -> None:
         self.results.write({name for name, status in self.status.items() if status == "running"})
@@ -748,7 +749,7 @@ def report(folder: Path) -> str:
     counts = ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
     parts = [f"{folder}: {len(frame)} trials, {counts}"]
     done = frame[frame["status"] == "done"]
-    shown = done[[]]
+    shown = set()
     for aside, axes, table in (
         ({"lambdas", "free"}, {"version", "phi", "theta", "shared"}, table2),
         ({*plots.TABLE_2, "free"}, {"lambda_rec", "lambda_cls"}, lambda_table),
@@ -757,11 +758,11 @@ def report(folder: Path) -> str:
         for about, part in alike(own, axes):
             text, used = table(part, about)
             parts += [text] if len(used) else []
-            shown = pd.concat([shown, part.loc[used, []]])
+            shown |= set(used)
     free = frame[frame["search"].str.split().map(lambda own: "free" in own)]
     if len(free):
         parts.append("Best validation Dice of --search free\n" + listing(free))
-    other = done.drop(index=shown.index.union(free.index), errors="ignore")
+    other = done[~done.index.isin(shown | set(free.index))]
     if len(other):
         parts.append("In none of the paper's tables\n" + listing(other, most=len(other)))
     failed = frame[frame["status"] == "failed"]

@@ -473,7 +473,7 @@ def test_time_left_counts_the_epochs_of_this_launch(tmp_path, monkeypatch, capsy
     table.ended("bad")
     assert table.left() == str(tune.timedelta(seconds=10 * (5 + 100)))
     words = capsys.readouterr().out.split()
-    assert words[:9] == ["0:00:50", "0/3", "0", "1", "1", "1", "0:17:30", "bad,", "failed"]
+    assert words[:9] == ["0:00:50", "0/3", "0", "1", "1", "1", "0:17:30", "bad,", "failed:"]
 
 
 # ------------------------------------------------------------------ whole searches, killed
