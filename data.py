@@ -29,7 +29,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 nib.imageglobals.logger.setLevel("CRITICAL")  # bad headers are reported by our own check
 
-CACHE_FORMAT = 1  # raise it when the content of the cache changes
+CACHE_FORMAT = 2  # raise it when the content of the cache changes
 GEOMETRY_TOLERANCE_MM = 0.5  # how far corners of images of one study may lie apart
 BODY_SUV = 0.2  # the body is the box of voxels above it; air is below, skin and fat above
 IMPOSSIBLE_SUV = 5000.0  # even a full bladder or an injection site stays far below
@@ -368,6 +368,16 @@ class Volume(NamedTuple):
     affine: np.ndarray
 
 
+def gunzip(raw: bytes) -> bytes:
+    """gzip.decompress, in a buffer of the right size from the start: the stream's end tells it."""
+    size = int.from_bytes(raw[-4:], "little")
+    with suppress(zlib.error):  # damaged: gzip says how
+        whole = zlib.decompress(raw, 31, min(size, 1032 * len(raw)) + 1)
+        if len(whole) == size:  # else there are several streams, or zeros behind the last
+            return whole
+    return gzip.decompress(raw)
+
+
 def read_nifti(path: Path, dimensions: int) -> Volume:
     """Read and check one file; the whole gzip stream, so that its checksum is tested.
 
@@ -382,7 +392,7 @@ def read_nifti(path: Path, dimensions: int) -> Volume:
     try:
         raw = path.read_bytes()
         if path.name.endswith(".gz"):
-            raw = gzip.decompress(raw)
+            raw = gunzip(raw)
     except EOFError:
         raise bad("truncated gzip, the stream ends early", again) from None
     except gzip.BadGzipFile as error:
@@ -442,7 +452,8 @@ def read_label(path: Path, classes: tuple[tuple[int, int], ...]) -> Volume:
     for value, ours in classes:
         here = data == value
         known |= here
-        mapped[here] = ours
+        if ours:
+            mapped[here] = ours
     if not known.all():
         unknown = ", ".join(f"{v:g}" for v in np.unique(data[~known])[:5])
         expected = ", ".join(str(value) for value, _ in classes)
@@ -623,8 +634,8 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
     crop = tuple(slice(*b) for b in box)
     positions = grid_positions([b[1] - b[0] for b in box], spacing, settings.spacing)
 
-    plain = np.ascontiguousarray(turn(pet.data), np.float32)  # however the file stores it
-    digest = hashlib.blake2b(plain, digest_size=16).hexdigest()
+    plain = np.asfortranarray(turn(pet.data), np.float32)  # however the file stores it
+    digest = hashlib.blake2b(plain.T, digest_size=16).hexdigest()
     del plain
     arrays = {}
     if "label" in volumes:
@@ -649,7 +660,10 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
         image = resample(image, positions)
         if settings.clip is not None:
             low, high = settings.clip[i]
-            images[i] = (np.clip(image, low, high) - low) / (high - low)
+            np.clip(image, low, high, out=image)
+            image -= low
+            image /= high - low
+            images[i] = image
         else:
             images[i] = zscore(image)
     meta = {
