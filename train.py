@@ -616,7 +616,7 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device):
         groups.append({"params": scalars, "weight_decay": 0.0})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.99, nesterov=True)
-    return torch.optim.Adam(groups, lr=config.lr, fused=device.type == "cuda")
+    return torch.optim.Adam(groups, lr=config.lr, fused=device.type in ("cuda", "cpu"))
 
 
 def val_dice(rows: list[dict]) -> float:
