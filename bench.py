@@ -202,10 +202,12 @@ def body(shape, spacing, blobs: int, seed) -> dict[str, np.ndarray]:
     suv += noise * np.where(inside, np.float32(0.3), np.float32(0.01))
     seg = np.zeros(shape, np.uint8)
     for _ in range(blobs):
-        angle, out = rng.uniform(0, 2 * np.pi), 0.38 * w * rng.uniform(0, 0.7) ** 0.5
+        angle, out = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.7) ** 0.5
         centre = (
-            w / 2 + out * np.cos(angle), h / 2 + out * np.sin(angle), rng.uniform(0.1, 0.9) * d
-        )  # fmt: skip
+            w / 2 + 0.38 * w * out * np.cos(angle),
+            h / 2 + 0.28 * h * out * np.sin(angle),
+            rng.uniform(0.1, 0.9) * d,
+        )
         size = rng.uniform(8, 22)
         ball(seg, centre, size, spacing, 1)
         ball(suv, centre, size, spacing, np.float32(rng.uniform(4, 14)), add=True)
@@ -413,16 +415,18 @@ def bench_data(args) -> dict:
         nonlocal epoch
         loader.batch_sampler.epoch, found = epoch, 0
         for item in loader:
-            item["image"].to(device, non_blocking=True).float()  # as in train.train_step
+            image = item["image"].to(device, non_blocking=True)
             found += int(item["mask"].to(device).flatten(1).any(1).sum())
         epoch += 1
-        return found
+        return found, image
 
-    wall, cpu, found = timed(once, device, args.warmup, args.repeat)
+    wall, cpu, (found, image) = timed(once, device, args.warmup, args.repeat)
+    # train.train_step makes float32 of it, which counts in the row `step`
+    parts = {"to_float32": len(loader) * min(timed(image.float, device, 1, 5)[0])}
     patches = len(loader) * config.batch_size
     values = {"patches_per_epoch": patches, "foreground_fraction": found / patches}
     more = {"studies": len(crops.cases), "cold_seconds": opened}
-    return report(args, config, memory, wall, cpu, "patches_per_s", patches, values, **more)
+    return report(args, config, memory, wall, cpu, "patches_per_s", patches, values, parts, **more)
 
 
 def bench_scale(args) -> dict:
@@ -528,7 +532,7 @@ def parser() -> argparse.ArgumentParser:
         return own
 
     network = {"version", "amp", "compile", "patch"}
-    read = {"data", "cache", "workers"}
+    read = {"data", "cache", "workers", "spacing"}
     crops = {"patch", "batch_size", "steps"}
     add("step", bench_step, network | {"batch_size", "phi"}, warmup=3, repeat=10)
     add("loss", bench_loss, {"patch", "batch_size"}, warmup=3, repeat=10)
@@ -541,7 +545,7 @@ def parser() -> argparse.ArgumentParser:
     metrics.add_argument("--shape", type=int, nargs=3, default=(400, 400, 300))
     metrics.add_argument("--millimetres", type=float, nargs=3, default=(2.04, 2.04, 3.0))
     metrics.add_argument("--lesions", type=int, default=40)
-    preprocess = add("preprocess", bench_preprocess, {"data"}, warmup=0, repeat=3)
+    preprocess = add("preprocess", bench_preprocess, {"data", "spacing"}, warmup=0, repeat=3)
     preprocess.add_argument("--limit", type=int, default=1, help="studies [%(default)s]")
     add("data", bench_data, read | crops)
     scale = add("scale", bench_scale, {"workers"}, repeat=3)

@@ -62,7 +62,7 @@ def dice(pred, mask) -> float:
     """
     pred, mask = binary_pair(pred, mask)
     total = np.count_nonzero(pred) + np.count_nonzero(mask)
-    return 2 * np.count_nonzero(pred & mask) / total if total else math.nan
+    return float(2 * np.count_nonzero(pred & mask) / total) if total else math.nan
 
 
 def false_positive_volume(pred, mask, spacing) -> float:
