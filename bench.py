@@ -265,7 +265,8 @@ def batch_of_patches(batch: int, patch, seed: int = 0) -> dict[str, torch.Tensor
 
 def settle(args, **defaults) -> tuple[train.Config, torch.device]:
     """The resolved config of a row without data (its defaults, then the flags) and its device."""
-    flags = {k: v for k, v in vars(args).items() if k in train.Config.__dataclass_fields__}
+    names = train.Config.__dataclass_fields__.keys() - {"out"}  # here the file of the results
+    flags = {k: v for k, v in vars(args).items() if k in names}
     config = train.resolve(replace(train.Config(**defaults), **as_tuples(flags)), "petct", False)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -487,7 +488,7 @@ def bench_train(args) -> dict:
     values = {
         "step_alone_patches_per_s": step, "share_of_step": statistics.median(rates) / step,
         "data_wait": [row["data_wait"] for row in rows],
-        "overhead_share": sum(parts.values()) / epoch,
+        "overhead_share": sum(parts.values()) / epoch, "steps": config.steps,
     }  # fmt: skip
     wall = [row["seconds"] for row in rows]
     units = config.batch_size * config.steps

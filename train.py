@@ -786,7 +786,7 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 plots.log_epoch(writer, row)
                 left = row["seconds"] * (config.epochs - epoch - 1)
                 tqdm.write(plots.epoch_line(row, left, first=epoch == start))
-                if time.perf_counter() - drawn > 60:
+                if time.perf_counter() - drawn > 180:  # a figure takes a second or two
                     plots.curves(run)
                     drawn = time.perf_counter()
             if report:

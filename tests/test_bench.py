@@ -88,7 +88,8 @@ def test_training_beside_the_step_alone(studies, capsys, tmp_path):
         "train --patch 16 --batch-size 2 --steps 2 --epochs 2 --workers 1 --threads 1 --spacing 12"
     )
     read = ("--device", "cpu", "--data", studies, "--cache", tmp_path, "--scratch", tmp_path)
-    row = run(options, capsys, *read)
+    row = run(options, capsys, *read, "--out", tmp_path / "rows.jsonl")
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == row
     assert row["patches_per_s"] == pytest.approx(4 / row["median"]) and len(row["seconds"]) == 2
     assert row["values"]["share_of_step"] > 0
     assert set(row["parts"]) == {"checkpoints", "tensorboard", "curves", "console"}
