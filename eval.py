@@ -31,6 +31,7 @@ from data import (
     Case,
     UserError,
     atomic,
+    body_box,
     find_studies,
     preprocess,
     preprocessing,
@@ -48,7 +49,7 @@ THRESHOLD = f"SUV ≥ {THRESHOLD_SUV:g} threshold"
 
 
 def binary_pair(pred, mask) -> tuple[np.ndarray, np.ndarray]:
-    pred, mask = np.asarray(pred) != 0, np.asarray(mask) != 0
+    pred, mask = (a if a.dtype == bool else a != 0 for a in map(np.asarray, (pred, mask)))
     if pred.shape != mask.shape:
         raise ValueError(f"prediction {pred.shape} and mask {mask.shape} lie on different grids")
     return pred, mask
@@ -60,8 +61,8 @@ def dice(pred, mask) -> float:
     Empty masks as in AutoPET 2022: NaN if both are empty, 0 if only one is.
     """
     pred, mask = binary_pair(pred, mask)
-    total = int(pred.sum()) + int(mask.sum())
-    return 2 * int((pred & mask).sum()) / total if total else math.nan
+    total = np.count_nonzero(pred) + np.count_nonzero(mask)
+    return float(2 * np.count_nonzero(pred & mask) / total) if total else math.nan
 
 
 def false_positive_volume(pred, mask, spacing) -> float:
@@ -83,10 +84,10 @@ def unmatched_volume(a: np.ndarray, b: np.ndarray, spacing) -> float:
     """Volume in ml of the components of a without a voxel of b; labelled inside a's box only."""
     if len(np.atleast_1d(spacing)) != a.ndim:
         raise ValueError(f"spacing {spacing}: one number per axis of {a.shape}, in mm")
-    boxes = ndimage.find_objects(a.astype(np.uint8, copy=False))
-    if not boxes:
+    if not a.any():
         return 0.0
-    a, b = a[boxes[0]], b[boxes[0]]
+    box = tuple(slice(*ends) for ends in body_box(a, margin=(0, 0, 0)))
+    a, b = a[box], b[box]
     regions, count = ndimage.label(a, EIGHTEEN)
     touched = np.zeros(count + 1, bool)
     touched[regions[b]] = True
@@ -97,7 +98,7 @@ def unmatched_volume(a: np.ndarray, b: np.ndarray, spacing) -> float:
 
 def named_masks(classes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Masks by name from a map whose bit k is class names[k]; whole = core ∪ edema (Sec. 3.3)."""
-    masks = {name: (classes >> bit) & 1 == 1 for bit, name in enumerate(names)}
+    masks = {name: (classes >> bit & 1).astype(bool) for bit, name in enumerate(names)}
     if "core" in masks:
         masks["whole"] = classes > 0
     return masks

@@ -31,13 +31,13 @@ def dice_ce(y: Tensor, logits: Tensor, smooth: float = 1e-5) -> Tensor:
     y (B, W, H, D) integer classes, logits (B, 1 + K, W, H, D). Dice is taken over the whole batch
     (a crop without lesion has no Dice of its own), with plain, not squared, denominators.
     """
-    logits, y = logits.float(), y.long()
-    p = logits.softmax(dim=1)[:, 1:]
-    g = F.one_hot(y, logits.shape[1]).movedim(-1, 1)[:, 1:].to(p.dtype)
+    log_p = logits.float().log_softmax(dim=1)
+    p = log_p[:, 1:].exp()
+    g = torch.stack([y == k for k in range(1, logits.shape[1])], dim=1)
     axes = (0, 2, 3, 4)
     overlap, total = (p * g).sum(axes), p.sum(axes) + g.sum(axes)
     soft_dice = (2 * overlap + smooth) / (total + smooth)
-    return (1 - soft_dice).mean() + F.cross_entropy(logits, y)
+    return (1 - soft_dice).mean() + F.nll_loss(log_p, y.long())
 
 
 def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:

@@ -27,7 +27,6 @@ import scipy
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import eval as evaluation
@@ -36,6 +35,7 @@ from baselines import CLASSIFYING, MASKS, ONE_MODALITY, SYSTEMS
 from data import (
     PHANTOM,
     Case,
+    Loader,
     Patches,
     Schedule,
     UserError,
@@ -145,7 +145,7 @@ class Config:
     compile: bool = option(False, "torch.compile the network")
     device: str = option("auto", "device", choices=("auto", "cpu", "cuda", "mps"))
     threads: int = option(0, "CPU threads of torch; 0: as torch chooses")
-    workers: int = option(2, "processes that load crops and preprocess")
+    workers: int = option(2, "threads that read crops, processes that preprocess")
     seed: int = option(0, "seed of weights, crops, Φ and dropout")
 
     folds: int | None = option(None, "the data are split into this many folds by patient", type=int)
@@ -634,7 +634,7 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device):
         groups.append({"params": scalars, "weight_decay": 0.0})
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.99, nesterov=True)
-    return torch.optim.Adam(groups, lr=config.lr, fused=device.type == "cuda")
+    return torch.optim.Adam(groups, lr=config.lr, fused=device.type in ("cuda", "cpu"))
 
 
 def val_dice(rows: list[dict]) -> float:
@@ -648,9 +648,38 @@ def val_dice(rows: list[dict]) -> float:
 # ------------------------------------------------------------------ training
 
 
+def train_step(
+    item, net, model, optimizer, scaler, config, device, options, norms=None
+) -> dict[str, torch.Tensor]:
+    """One update of the weights from a batch of data.Patches; its weighted loss terms by name.
+
+    options: what forward is given beside the images (model.step_options). norms: a dict that takes
+    each term's gradient norm on the shared layers.
+    """
+    image = item["image"].to(device, non_blocking=True).float()  # (B, 2, W, H, D)
+    image = evaluation.see(image, config.modality)
+    ct, pet = image[:, :1], image[:, 1:]
+    mask, tumor = (item[name].to(device, non_blocking=True) for name in ("mask", "tumor"))
+    with evaluation.autocast(device, config.amp):
+        out = net(transform_ct(ct, config), pet, **options)
+    terms = loss_function(config)(out, Batch(ct, pet, mask, tumor), config)
+    if norms is not None:
+        norms |= gradient_norms(terms, model.shared_parameters())
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(sum(terms.values())).backward()
+    if config.clip:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    scaler.step(optimizer)
+    scaler.update()
+    if config.theta == "learn":  # the weight of CT stays a weight
+        model.theta.data.clamp_(0, 1)
+    return {name: term.detach() for name, term in terms.items()}
+
+
 def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ranks, bar) -> dict:
     """One pass; its row of metrics.csv. `net` is `model`, compiled or data-parallel if asked."""
-    loss_of, lr = loss_function(config), learning_rate(config, epoch)
+    lr = learning_rate(config, epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
@@ -661,28 +690,13 @@ def train_epoch(epoch, net, model, loader, optimizer, scaler, config, device, ra
         waited += time.perf_counter() - waiting
         torch.manual_seed(step_seed(config.seed, epoch, step, ranks.rank))
         options = model.step_options(step_seed(config.seed, epoch, step))  # equal on all ranks
-        image = item["image"].to(device, non_blocking=True).float()  # (B, 2, W, H, D)
-        image = evaluation.see(image, config.modality)
-        ct, pet = image[:, :1], image[:, 1:]
-        batch = Batch(ct, pet, item["mask"].to(device), item["tumor"].to(device))
-        with evaluation.autocast(device, config.amp):
-            out = net(transform_ct(ct, config), pet, **options)
-        terms = loss_of(out, batch, config)
-        if step == 0:
-            norms = gradient_norms(terms, model.shared_parameters())
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(sum(terms.values())).backward()
-        if config.clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        if config.theta == "learn":  # the weight of CT stays a weight
-            model.theta.data.clamp_(0, 1)
-        values = torch.stack([term.detach() for term in terms.values()])
+        first = norms if step == 0 else None
+        terms = train_step(item, net, model, optimizer, scaler, config, device, options, first)
+        values = torch.stack(list(terms.values()))
         sums = values if sums is None else sums + values
-        seen += len(ct) * ranks.world
-        bar.update(len(ct) * ranks.world)
+        crops = len(item["tumor"]) * ranks.world
+        seen += crops
+        bar.update(crops)
         waiting = time.perf_counter()
     means = dict(zip(terms, ranks.mean(sums / (step + 1)).tolist(), strict=True))  # waits here
     seconds = time.perf_counter() - started
@@ -757,13 +771,8 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
         write_json(run / "config.json", {"config": plain(config), "ran_on": device.type, **about()})
     crops = Patches(parts["train"], config.patch, config.seed, config.lesion_p, config.class_label)
     steps = config.steps or -(-len(crops.cases) * config.crops // config.batch_size)
-    loader = DataLoader(
-        crops,
-        batch_sampler=Schedule(steps, config.batch_size, ranks.rank, ranks.world),
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
-        pin_memory=device.type == "cuda",
-    )
+    schedule = Schedule(steps, config.batch_size, ranks.rank, ranks.world)
+    loader = Loader(crops, schedule, config.workers, pinned=device.type == "cuda")
     net = parallel(model, config, device, ranks)
     say(
         f"model      {title(config)}, {count_parameters(model) / 1e6:.2f} M parameters\n"
@@ -800,7 +809,7 @@ def train_in(run: Path, config: Config, cases, device, ranks: Ranks, report, say
                 spent = seconds_of(rows[-(epoch + 1 - start) :]) / (epoch + 1 - start)
                 left = spent * (config.epochs - epoch - 1)
                 tqdm.write(plots.epoch_line(row, left, first=epoch == start))
-                if time.perf_counter() - drawn > 60:
+                if time.perf_counter() - drawn > 180:  # a figure takes a second or two
                     plots.curves(run)
                     drawn = time.perf_counter()
             if report:

@@ -673,9 +673,9 @@ def test_workers_do_not_change_the_weights(base, finished, tmp_path, no_figures)
 def rank_of_a_run(config):
     """One rank of a data-parallel run; writes what it saw to <out>.<rank>.json."""
     models, keys, writes, hashes = [], [], [], []
-    build, item, save = train.build_model, train.Patches.__getitem__, train.save_checkpoint
+    build, read, save = train.build_model, train.Patches.batch, train.save_checkpoint
     train.build_model = lambda config: models.append(build(config)) or models[0]
-    train.Patches.__getitem__ = lambda self, key: keys.append(key) or item(self, key)
+    train.Patches.batch = lambda self, own, pinned: keys.extend(own) or read(self, own, pinned)
     train.save_checkpoint = lambda path, content: writes.append(path.name) or save(path, content)
 
     def digest():
