@@ -687,7 +687,8 @@ def search(args: argparse.Namespace, given: dict) -> int:
 def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Table) -> None:
     """Let Ray run the trials of `todo`."""
     address = args.address or os.environ.get("RAY_ADDRESS")
-    ray = start_ray(None if address == "local" else address)
+    address = None if address == "local" else address
+    ray = start_ray(address)
     from ray import tune
 
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=out))  # Ray's own state: not needed again
@@ -727,6 +728,11 @@ def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Tab
             contextlib.redirect_stderr(log),
         ):
             tuner.fit()
+    except (ray.exceptions.RayError, tune.TuneError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"Ray ended the search: {reason} (see {out / 'ray.log'}). The same command goes on."
+        ) from None
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
