@@ -51,7 +51,8 @@ import train
 from losses import dice_ce
 from mirror_unet import count_parameters
 
-READY = time.clock_gettime(time.CLOCK_BOOTTIME)
+# seconds since the machine started, when the imports were done; Linux only, as is the row `scale`
+READY = time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else 0.0
 # One step of the released code's v3: 0.5 (Dice + CE) + 1e-3 MSE of both images + 0.5 BCE.
 RELEASED = dict(version="v3", phi="none", classifier="pet", rec="mse", lambda_rec=5e-4,
                 lambda_cls=0.5, weight_decay=1e-5)  # fmt: skip
@@ -451,7 +452,6 @@ def bench_scale(args) -> dict:
         with clocked(parts, **places):
             wall, cpu, _ = timed(once, device, 0, args.repeat)
     parts = {k: v if k == "import" else v / args.repeat for k, v in parts.items()}
-    # the workers were forked from here: what is in memory there is in `private` once for each
     return report(
         args, config, memory, wall, cpu, "studies_per_s", args.studies, {}, parts,
         fill_seconds=filled, start_seconds=statistics.median(wall) + parts["import"],
