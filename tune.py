@@ -509,6 +509,11 @@ def probe_nodes(ray, trial: Trial, out: Path) -> None:
         )
 
 
+def run_of(trial) -> Path:
+    """The run folder of a trial as Ray holds it."""
+    return Path(trial.config["task"]["config"]["out"])
+
+
 def halving(trials: list[Trial]):
     """ASHA on the validation Dice, with the epochs of ended trials replayed into it.
 
@@ -520,7 +525,7 @@ def halving(trials: list[Trial]):
         def on_trial_result(self, controller, trial, result):
             decision = super().on_trial_result(controller, trial, result)
             if decision == self.STOP and not result["ended"]:
-                run = Path(trial.config["task"]["config"]["out"])
+                run = run_of(trial)
                 told = {key: result.get(key) for key in ("epoch", "val_dice")}
                 write_json(run / "stopped.json", told)
             return decision
@@ -624,25 +629,22 @@ def callback(table: Table):
     """Ray's events, told to the table."""
     from ray import tune
 
-    def folder_name(trial) -> str:
-        return Path(trial.config["task"]["config"]["out"]).name
-
     class Tell(tune.Callback):
         def on_trial_start(self, iteration, trials, trial, **info):
-            table.started(folder_name(trial))
+            table.started(run_of(trial).name)
 
         def on_trial_result(self, iteration, trials, trial, result, **info):
-            table.reported(folder_name(trial), result)
+            table.reported(run_of(trial).name, result)
 
         def on_trial_complete(self, iteration, trials, trial, **info):
-            table.ended(folder_name(trial))
+            table.ended(run_of(trial).name)
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            failed = Path(trial.config["task"]["config"]["out"], "failed.txt")
+            failed = run_of(trial) / "failed.txt"
             if not failed.exists():
                 with atomic(failed) as file:
                     file.write(b"its process died again and again; memory may be short\n")
-            table.ended(folder_name(trial))
+            table.ended(run_of(trial).name)
 
     return Tell()
 

@@ -245,6 +245,10 @@ def test_an_option_that_only_some_trials_read_parts_no_table(tmp_path):
     frame = plots.read_trials(tmp_path / "results.csv")
     assert sorted(frame["shuffle_count"].dropna()) == [30] * 3
     assert sorted(frame["noise_sigma"].dropna()) == [0.5] * 3
+    make_trial(tmp_path, "weak", version="v1", phi="shuffle", shuffle_count=3, dice=0.01)
+    first, second = tune.report(tmp_path).split("Table 2")[1:]  # strong, weak: both with the L2 row
+    assert "shuffle_count 30" in first and "shuffle_count 3\n" in second
+    assert all(re.search(r"v1  L2 .*0\.00\** \(61\.92", part) for part in (first, second))
 
 
 def test_a_trial_that_two_searches_ask_for_stands_in_both_tables(tmp_path):
