@@ -104,8 +104,9 @@ def differences(a, b, at=""):
 def assert_same_run(run, reference):
     """All that both checkpoints hold, and all of metrics.csv but the clock."""
     for name in ("last.pt", "best.pt"):
-        one, other = (torch.load(p / name, weights_only=True) for p in (run, reference))
-        assert differences(one, other) == [], name
+        if (run / name).read_bytes() != (reference / name).read_bytes():
+            one, other = (torch.load(p / name, weights_only=True) for p in (run, reference))
+            assert differences(one, other) == [], name
     rows, expected = (pd.read_csv(folder / "metrics.csv") for folder in (run, reference))
     assert rows["epoch"].tolist() == expected["epoch"].tolist()
     pd.testing.assert_frame_equal(
@@ -640,6 +641,8 @@ def test_more_epochs_continue_a_finished_run(base, finished, tmp_path, no_figure
     result = train.train(train.parse(["--resume", "--out", str(run), "--epochs", "2"]))
     assert_same_run(run, finished[0])
     assert result == finished[1] | {"run": str(run)}
+    for name in ("best.pt", "last.pt"):
+        assert (run / name).read_bytes() == (finished[0] / name).read_bytes(), name
 
 
 # ------------------------------------------------------------------ several processes
@@ -734,10 +737,6 @@ def test_the_command_ends_with_one_message_and_code_2(base, cases):
     assert done.stderr.count("\n") == 1
 
 
-if __name__ == "__main__":
-    rank_of_a_run(train.as_config(json.loads(sys.argv[1])))
-
-
 def test_a_start_that_made_no_checkpoint_leaves_no_splits(base, tmp_path, monkeypatch, no_figures):
     """Interrupted before its first checkpoint, then started with another fold."""
     run = tmp_path / "run"
@@ -823,15 +822,6 @@ def test_values_that_mean_nothing_are_refused(options):
         train.resolve(replace(train.Config(), **options), "petct", False)
 
 
-def test_files_of_a_resumed_run_are_byte_identical(base, finished, tmp_path, no_figures):
-    run = tmp_path / "run"
-    train.train(replace(base, out=str(run), epochs=1))
-    train.train(train.parse(["--resume", "--out", str(run), "--epochs", "2"]))
-    for name in ("best.pt", "last.pt"):
-        same = Path(run / name).read_bytes() == (finished[0] / name).read_bytes()
-        assert same, name
-
-
 def test_a_run_that_failed_before_training_leaves_its_name_free(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "v2-L5").mkdir(parents=True)
@@ -865,3 +855,7 @@ def test_a_value_too_few_for_batch_norm_is_refused(base, tmp_path):
 def test_git_is_not_needed(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert train.about()["commit"] == ""
+
+
+if __name__ == "__main__":
+    rank_of_a_run(train.as_config(json.loads(sys.argv[1])))
