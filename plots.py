@@ -8,6 +8,7 @@ The paper's figures:
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from dataclasses import fields
@@ -436,9 +437,10 @@ PAPER = {  # fonts and lines for a column of 3.3 or a page of 7 inches
 def read_trials(path: Path) -> pd.DataFrame:
     """The trials of a search, a row each, from its results.csv; empty values are NaN.
 
-    `shared` and `theta` are text. Raises UserError if the file is missing or not of a search.
+    `shared` and `theta` are text; `dice` is added: the test Dice in %, for MRI of the whole tumour.
+    Raises UserError if the file is missing or not of a search.
     """
-    words = ("trial", "search", "status", "version", "shared", "phi", "theta")
+    words = ("trial", "search", "status", "reason", "kind", "version", "shared", "phi", "theta")
     text = dict.fromkeys(words, str)
     numbers = dict.fromkeys(("lambda_rec", "lambda_cls", "test_dice", "test_dice_whole"), float)
     try:
@@ -448,48 +450,66 @@ def read_trials(path: Path) -> pd.DataFrame:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not the results of a search ({reason}).") from None
-    needed = [*text, "lambda_rec", "lambda_cls", "seed", "reason", "epochs_done", "val_dice"]
+    needed = [*text, "lambda_rec", "lambda_cls", "seed", "epochs_done", "val_dice"]
     if missing := [name for name in needed if name not in trials]:
         raise UserError(f"{path}: not the results of a search (no column {', '.join(missing)}).")
+    trials["dice"] = np.nan
+    for name in ("test_dice", "test_dice_whole"):
+        if name in trials:
+            trials["dice"] = trials["dice"].fillna(100 * trials[name])
     return trials
 
 
-def of_searches(trials: pd.DataFrame, aside: set[str]) -> pd.DataFrame:
-    """The trials that another search than those of `aside` asked for."""
-    return trials[trials["search"].str.split().map(lambda own: bool(set(own) - aside))]
+def comparable(trials: pd.DataFrame, table: str) -> list[tuple[str, pd.DataFrame]]:
+    """The trials of a table (a key of TABLES) in groups that differ only in what it compares, in
+    their seed and in what a launch decides; and in words what parts the groups.
+
+    An option that a trial does not read (NaN) parts it from no other.
+    """
+    from train import LAUNCH, Config
+
+    others, compared = TABLES[table]
+    trials = trials[trials["search"].str.split().map(lambda own: bool(set(own) - others))]
+    aside = {*compared, "seed", "splits"} | LAUNCH - {"epochs"}  # `studies` tells the splits apart
+    options = [name for name in (*(f.name for f in fields(Config)), "studies") if name in trials]
+    options = [name for name in options if name not in aside and trials[name].nunique() > 1]
+    groups = [trials] if len(trials) else []
+    for name in options:
+        groups = [part for group in groups for part in split(group, name)]
+    rows = [set(group.index) for group in groups]
+    found = []
+    for i, (own, group) in enumerate(zip(rows, groups, strict=True)):
+        if not any(own < other for other in rows) and own not in rows[:i]:
+            values = {name: group[name].dropna() for name in options}
+            words = [f"{n} {in_words(v.iloc[0])}" for n, v in values.items() if len(v)]
+            found.append((", ".join(words), group))
+    return found
 
 
-def dice_column(trials: pd.DataFrame) -> str | None:
-    """Where the Dice to compare is: of the lesions or, for MRI, of the whole tumour."""
-    names = ("test_dice", "test_dice_whole")
-    return next((n for n in names if n in trials and trials[n].notna().any()), None)
+def in_words(value) -> str:
+    """A value of results.csv, where a column with gaps holds its whole numbers as 30.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def split(trials: pd.DataFrame, name: str) -> list[pd.DataFrame]:
+    """The trials by the value of an option; those without one are in every part."""
+    values, unread = trials[name].dropna().unique(), trials[name].isna()
+    return [trials[(trials[name] == value) | unread] for value in values] or [trials]
 
 
 def dice_table(trials: pd.DataFrame, rows: list[str], column: str) -> tuple[pd.DataFrame, str]:
-    """Test Dice in % of `trials` by `rows` and `column`, NaN where missing, and what to say of it.
-
-    A cell is a setting's mean over seeds; the best setting, where others share its place.
-    """
-    from train import Config
-
-    dice = dice_column(trials)
-    if dice is None:
+    """Test Dice in % of `trials` by `rows` and `column`, the mean over seeds, NaN where missing;
+    and of how many seeds, in words."""
+    cells = trials.groupby([*rows, column])["dice"]
+    table, seeds = cells.mean().unstack(column), cells.count()
+    if not seeds.any():
         raise UserError("its trials have no test Dice yet")
-    keys = [*rows, column]
-    options = [f.name for f in fields(Config) if f.name in trials]
-    others = [name for name in options if name not in (*keys, "seed")]
-    settings = trials.groupby(keys + others, dropna=False)[dice]
-    table = 100 * settings.mean().groupby(keys).max().unstack(column)
     if column == "shared":
         table = table[sorted(table, key=set_order)]
-    seeds = settings.count()
     low, high = seeds[seeds > 0].min(), seeds.max()
     said = "1 seed" if high == 1 else f"mean of {f'{low} to ' if low < high else ''}{high} seeds"
     if missing := int(table.isna().sum().sum()):
         said += f"; {missing} of {table.size} cells missing"
-    varied = trials.groupby(keys)[others].nunique(dropna=False).max() > 1
-    if varied.any():
-        said += f"; best over {', '.join(varied[varied].index)}"
     return table, said
 
 
@@ -519,7 +539,7 @@ def of_version(trials: pd.DataFrame, versions, compared: list[str], what: str) -
 def search_axis(trials: pd.DataFrame, said: str, places: int = 0):
     """A figure of one column, of two for many places, for Dice in % over the sets L."""
     figure, axis = plt.subplots(figsize=(3.3 if places < 9 else 7.0, 2.4))
-    whole = "" if dice_column(trials) == "test_dice" else ", whole tumour"
+    whole = ", whole tumour" if (trials["kind"] == "mri").any() else ""
     axis.set_ylabel(f"test Dice{whole} (%)")
     axis.set_title(textwrap.fill(said, 54), loc="right", color="0.3")
     axis.grid(axis="y")
@@ -552,10 +572,11 @@ def draw_box(axis, at: float, values, width: float, color: str, hatch: str = "")
 
 
 @matplotlib.rc_context(PAPER)
-def lambda_map(trials: pd.DataFrame):
+def lambda_map(trials: pd.DataFrame, about: str = ""):
     """Fig. 1 of the supplement: test Dice of v3 over λ_rec and λ_class, the best one framed."""
     trials = of_version(trials, ["v3"], ["lambda_rec", "lambda_cls"], "λ of v3")
     table, said = dice_table(trials, ["lambda_cls"], "lambda_rec")
+    said += about and f"; {about}"
     values = np.ma.masked_invalid(table.to_numpy())
     figure, axis = plt.subplots(figsize=(3.3, 2.8))
     image = axis.imshow(values, cmap="viridis", origin="lower", aspect="auto")
@@ -587,11 +608,12 @@ def lambda_map(trials: pd.DataFrame):
 
 
 @matplotlib.rc_context(PAPER)
-def phi_boxes(trials: pd.DataFrame):
+def phi_boxes(trials: pd.DataFrame, about: str = ""):
     """Fig. 4: a box per version and Φ over all sets L of shared layers."""
     versions = [v for v in VERSIONS if v != "v4" and v in {*trials["version"]}]
     trials = of_version(trials, versions, ["phi"], "Φ")
     table, said = table_2(trials)
+    said += about and f"; {about}"
     figure, axis = search_axis(trials, said)
     for i, version in enumerate(versions):
         for j, phi in enumerate(PHIS):
@@ -609,11 +631,12 @@ def phi_boxes(trials: pd.DataFrame):
 
 
 @matplotlib.rc_context(PAPER)
-def shared_curves(trials: pd.DataFrame):
+def shared_curves(trials: pd.DataFrame, about: str = ""):
     """Fig. 5: a line per version over the sets L; a dot is the best Φ or θ, bold in Table 2."""
     versions = [v for v in VERSIONS if v in {*trials["version"]}]
     trials = of_version(trials, versions, ["shared"], "sets L")
     table, said = table_2(trials)
+    said += about and f"; {about}"
     best = table.groupby("version").max()
     figure, axis = search_axis(trials, said, best.shape[1])
     for version in versions:
@@ -628,10 +651,11 @@ def shared_curves(trials: pd.DataFrame):
 
 
 @matplotlib.rc_context(PAPER)
-def theta_boxes(trials: pd.DataFrame):
+def theta_boxes(trials: pd.DataFrame, about: str = ""):
     """Fig. 6: v4, a box per set L over the fixed θ; the learned θ is a star beside it."""
     trials = of_version(trials.dropna(subset="theta"), ["v4"], ["theta"], "θ")
     table, said = table_2(trials)
+    said += about and f"; {about}"
     table = table.loc["v4"]
     figure, axis = search_axis(trials, said, table.shape[1])
     learned = "learn" in table.index
@@ -651,12 +675,16 @@ def theta_boxes(trials: pd.DataFrame):
     return figure, said
 
 
-TABLE_2 = ("layers", "theta", "table2")  # searches of tune.py that one table shows
+# The searches of tune.py whose trials are not for a table, and what the table compares.
+TABLES = {
+    "table 2": ({"lambdas", "free"}, {"version", "phi", "theta", "shared"}),
+    "lambdas": ({"layers", "theta", "table2", "free"}, {"lambda_rec", "lambda_cls"}),
+}
 SEARCH_FIGURES = {
-    "fig_s1_lambdas": lambda_map,
-    "fig4_phi": phi_boxes,
-    "fig5_shared": shared_curves,
-    "fig6_theta": theta_boxes,
+    "fig_s1_lambdas": ("lambdas", lambda_map),
+    "fig4_phi": ("table 2", phi_boxes),
+    "fig5_shared": ("table 2", shared_curves),
+    "fig6_theta": ("table 2", theta_boxes),
 }
 
 
@@ -672,22 +700,30 @@ def publish(figure, out: Path, name: str) -> str:
 
 
 def draw_search(search: Path, out: Path) -> None:
-    """Every figure whose comparison the search makes. Raises UserError if there is none."""
+    """Every figure whose comparison the search makes, for each group of comparable trials.
+
+    Raises UserError if there is none.
+    """
+    from tune import refresh
+
+    refresh(search)
     trials = read_trials(search / "results.csv")
-    if dice_column(trials) is None:
+    if trials["dice"].isna().all():
         raise UserError(f"{search}: none of its {len(trials)} trials has a test Dice yet.")
-    reasons = {}
-    for name, draw in SEARCH_FIGURES.items():
-        try:
-            aside = {"free", *(TABLE_2 if draw is lambda_map else ["lambdas"])}
-            figure, said = draw(of_searches(trials, aside))
-        except UserError as error:
-            reasons[name] = str(error)
-            continue
-        print(f"{publish(figure, out, name)}   {said}")
-    if len(reasons) == len(SEARCH_FIGURES):
+    drawn, reasons = 0, {}
+    for name, (table, draw) in SEARCH_FIGURES.items():
+        for about, part in comparable(trials, table):
+            try:
+                figure, said = draw(part, about)
+            except UserError as error:
+                reasons.setdefault(name, str(error) + (about and f" ({about})"))
+                continue
+            words = re.sub(r"[^\w.]+", "_", about)
+            print(f"{publish(figure, out, name + (words and f'-{words}'))}   {said}")
+            drawn += 1
+    if not drawn:
         why = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
-        raise UserError(f"{search}: no figure to draw of {why}.")
+        raise UserError(f"{search}: no figure to draw of {why or 'these searches'}.")
     for name, reason in reasons.items():
         print(f"{name:<16}not drawn: {reason}")
 

@@ -69,6 +69,12 @@ SPACES = {
 SPACES["table2"] = SPACES["layers"] + SPACES["theta"]
 
 
+def reason_of(error: Exception) -> str:
+    """An error in one line; of a traceback, as Ray sends it, the last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if any(line.startswith("Traceback") for line in lines) else 0].strip()
+
+
 def between(low: float, high: float):
     """Values whose logarithm is uniform, to three digits."""
     return lambda rng: float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.3g}")
@@ -125,6 +131,7 @@ class Trial:
 
     name: str
     config: Config
+    studies: str = ""  # a hash of the splits
 
     @property
     def run(self) -> Path:
@@ -173,11 +180,19 @@ def draw(seed: int, number: int, kind: str) -> dict:
     }
 
 
+def fixed(config: Config) -> dict:
+    """The settings that make a trial what it is: those of its weights, and the budget."""
+    values = plain(config, weights_only=True) | {"epochs": config.epochs}
+    del values["splits"]  # a path; its studies count
+    return values
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def name_of(config: Config, splits: dict) -> str:
     """The settings in words and a hash of all of them, of the budget and of the studies."""
-    values = plain(config, weights_only=True) | {"epochs": config.epochs}
-    del values["splits"]  # a path; what it holds is in `splits`
-    text = json.dumps([values, splits], sort_keys=True)
     parts = [config.version, "L" + ("".join(map(str, config.shared)) or "none")]
     if config.phi != "none":
         parts.append(config.phi)
@@ -188,8 +203,7 @@ def name_of(config: Config, splits: dict) -> str:
     ):
         if value is not None:
             parts.append(f"{word}{value:g}" if isinstance(value, float) else f"{word}_{value}")
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return "-".join([*parts, f"seed{config.seed}", digest])
+    return "-".join([*parts, f"seed{config.seed}", digest([fixed(config), splits])])
 
 
 def plan(args: argparse.Namespace, given: dict) -> list[Trial]:
@@ -211,13 +225,20 @@ def plan(args: argparse.Namespace, given: dict) -> list[Trial]:
         )
     trials = {}
     for config in configs:
-        name = name_of(config, splits)
+        # apart from a grid's trial with the same settings: this one may be stopped
+        name = ("free-" if args.search == "free" else "") + name_of(config, splits)
         out = str(Path(args.out, name).resolve())
-        trials.setdefault(name, Trial(name, replace(config, out=out, resume=True, check=False)))
+        config = replace(config, out=out, resume=True, check=False)
+        trials.setdefault(name, Trial(name, config, digest(splits)))
     return list(trials.values())
 
 
 # ------------------------------------------------------------------ what the folders say
+
+
+ENDED = ("done", "stopped")
+SETTINGS = [f.name for f in fields(Config) if f.name not in ("out", "resume", "check")]
+OUTCOME = ("epochs_done", "val_dice", "seconds", "gpu_memory_mb")
 
 
 def look(run: Path, epochs: int) -> dict:
@@ -225,57 +246,70 @@ def look(run: Path, epochs: int) -> dict:
 
     Whatever is wrong with the files of one trial, it must not end the search or the report.
     """
+    found = dict.fromkeys(OUTCOME) | {"reason": "", "epochs_done": 0}
     try:
-        rows = plots.read_metrics(run, epochs)
-        found = {
-            "status": "unfinished" if (run / "config.json").exists() else "waiting",
-            "reason": "",
-            "epochs_done": rows[-1]["epoch"] if rows else 0,
-            "val_dice": max((row["val_dice"] for row in rows if "val_dice" in row), default=None),
-            "seconds": round(seconds_of(rows), 1),
-            "gpu_memory_mb": max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None,
-        }
         if (run / "summary.json").exists():
             summary = read_json(run / "summary.json")
             if summary["epochs"] == epochs:
-                found |= {key: summary.get(key) for key in ("seconds", "gpu_memory_mb")}
+                found |= {key: summary.get(key) for key in OUTCOME} | {"epochs_done": epochs}
                 means = summary["systems"]["model"].items()
                 found |= {f"test_{metric}": values["mean"] for metric, values in means}
                 return found | {"status": "done"}
+        rows = plots.read_metrics(run, epochs)
+        if rows:
+            dices = [row["val_dice"] for row in rows if "val_dice" in row]
+            found |= {
+                "epochs_done": rows[-1]["epoch"],
+                "val_dice": max(dices, default=None),
+                "seconds": round(seconds_of(rows), 1),
+                "gpu_memory_mb": max(row.get("gpu_memory_mb", 0) for row in rows) or None,
+            }
         if (run / "stopped.json").exists():
             reason = f"by ASHA after epoch {read_json(run / 'stopped.json')['epoch']}"
             return found | {"status": "stopped", "reason": reason}
         if (run / "failed.txt").exists():
             text = (run / "failed.txt").read_text(encoding="utf-8", errors="replace")
-            return found | {"status": "failed", "reason": text.split("\n")[0]}
-        return found
+            reason = text.split("\n")[0].strip() or "failed.txt does not say why"
+            return found | {"status": "failed", "reason": reason}
+        return found | {"status": "unfinished" if (run / "config.json").exists() else "waiting"}
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return {"status": "failed", "reason": f"damaged folder: {reason}"}
+        return found | {"status": "failed", "reason": f"damaged folder: {reason_of(error)}"}
 
 
-ENDED = ("done", "stopped")
+def read_record(run: Path) -> dict:
+    """trial.json: the searches that asked for the trial, its config and a hash of its studies."""
+    record = read_json(run / "trial.json")
+    if not (
+        isinstance(record, dict)
+        and isinstance(record.get("config"), dict)
+        and isinstance(record.get("searches"), list)
+        and all(isinstance(name, str) for name in record["searches"])
+    ):
+        raise UserError(f"{run / 'trial.json'}: not a trial's record.")
+    return record
 
 
 def row_of(run: Path) -> dict:
     """A row of results.csv: every setting that the trial reads, what came out, and the folder."""
+    row = {"trial": run.name, "search": "unknown", "status": "failed", "reason": ""}
+    row |= dict.fromkeys((*SETTINGS, "studies", *OUTCOME)) | {"folder": run.name}
     try:
-        record = read_json(run / "trial.json")
-        config, searches = record["config"], " ".join(record["searches"])
-        used = reads(as_config(config), config["kind"])
-        found = look(run, config["epochs"])
+        record = read_record(run)
+        config = as_config(record["config"])
+        unread = [name for name, used in reads(config, config.kind).items() if not used]
     except Exception:
-        reason = "damaged folder: trial.json (the search's command writes it again)"
-        return {"trial": run.name, "search": "unknown", "status": "failed", "reason": reason}
-    told = {k: as_text(v) for k, v in config.items() if k != "out"}
-    told |= {k: None for k, reads_it in used.items() if not reads_it and k != "phi"}
-    head = {"trial": run.name, "search": searches, **{k: found[k] for k in ("status", "reason")}}
-    return head | told | {"epochs_done": 0} | found | {"folder": run.name}
+        return row | {"reason": "damaged folder: trial.json (the search's command writes it again)"}
+    row |= {name: in_csv(getattr(config, name)) for name in SETTINGS}
+    row |= {name: None for name in unread if name != "phi"}
+    row |= {"search": " ".join(record["searches"]), "studies": record.get("studies")}
+    return row | look(run, config.epochs)
 
 
-def as_text(value):
-    """An option as results.csv shows it: L as "4 5 6", or "none"."""
-    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
+def in_csv(value):
+    """An option as results.csv shows it: L as "4 5 6" or "none"; only an unread one is empty."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "default" if value is None else value
 
 
 class Results:
@@ -294,9 +328,8 @@ class Results:
             elif file.parent.name in running:
                 row |= {"status": "running", "reason": ""}
             rows.append(row)
-        frame = pd.DataFrame(sorted(rows, key=len, reverse=True))  # complete ones name the columns
-        frame = frame.sort_values("trial")
-        last = [name for name in ("seconds", "gpu_memory_mb", "folder") if name in frame]
+        frame = pd.DataFrame(rows).sort_values("trial")
+        last = ["seconds", "gpu_memory_mb", "folder"]
         frame = frame[[name for name in frame if name not in last] + last]
         with atomic(self.folder / "results.csv") as file:
             file.write(frame.to_csv(index=False).encode())
@@ -340,34 +373,30 @@ def run_trial(trial: dict) -> None:
     from ray import tune
 
     task = trial["task"]
-    os.chdir(task["cwd"])  # relative paths mean what they mean to the user
-    config = as_config(task["config"])
-    run = Path(config.out)
+    run, epochs = Path(task["config"]["out"]), task["config"]["epochs"]
 
     def report(row: dict, **more) -> None:
-        if row["epoch"] < config.epochs:  # the last one is told when its test results are there
+        if row["epoch"] < epochs:  # the last one is told when its test results are there
             dice = {"val_dice": row["val_dice"]} if "val_dice" in row else {}
             tune.report({"epoch": row["epoch"], "ended": False, **dice, **more})
 
-    (run / "failed.txt").unlink(missing_ok=True)
-    ended = {"epoch": config.epochs, "ended": True}
-    with (
-        open(run / "log.txt", "a", buffering=1, encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        try:
+    try:
+        os.chdir(task["cwd"])  # relative paths mean what they mean to the user
+        (run / "failed.txt").unlink(missing_ok=True)
+        with (
+            open(run / "log.txt", "a", buffering=1, encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             # ASHA may not have seen the epochs of a launch before; for a grid they say where it is
-            for row in plots.read_metrics(run, config.epochs):
+            for row in plots.read_metrics(run, epochs):
                 report(row, replayed=True)
             # a killed search may have left a process that still writes here
-            when_free(lambda: train(config, report), patience=180)
-        except Exception as error:
-            traceback.print_exc()
-            reason = (str(error) or type(error).__name__).strip()
-            with atomic(run / "failed.txt") as file:
-                file.write(f"{reason}\n\n{traceback.format_exc()}".encode())
-    tune.report(ended)
+            when_free(lambda: train(as_config(task["config"]), report), patience=180)
+    except Exception as error:
+        with atomic(run / "failed.txt") as file:
+            file.write(f"{reason_of(error)}\n\n{traceback.format_exc()}".encode())
+    tune.report({"epoch": epochs, "ended": True})
 
 
 # ------------------------------------------------------------------ Ray
@@ -409,11 +438,11 @@ def start_ray(address: str | None):
             runtime_env={"env_vars": env},
         )
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         if not address:
-            raise UserError(f"Ray did not start: {reason}") from None
+            raise UserError(f"Ray did not start: {reason_of(error)}") from None
         raise UserError(
-            f"--address {address}: no Ray cluster answers ({reason}). See `ray status` there."
+            f"--address {address}: no Ray cluster answers ({reason_of(error)}). "
+            "See `ray status` there."
         ) from None
     return ray
 
@@ -498,8 +527,7 @@ def probe_nodes(ray, trial: Trial, out: Path) -> None:
             try:
                 problems += [f"  {address}: {line}" for line in ray.get(answer, timeout=120)]
             except Exception as error:
-                reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
-                problems.append(f"  {address}: no answer ({reason})")
+                problems.append(f"  {address}: no answer ({reason_of(error)})")
     finally:
         (out / ticket).unlink(missing_ok=True)
     if problems:
@@ -542,8 +570,9 @@ def halving(trials: list[Trial]):
             continue
         past = SimpleNamespace(trial_id=trial.name)
         scheduler.on_trial_add(None, past)
-        for row in plots.read_metrics(trial.run, epochs - 1):
-            ASHAScheduler.on_trial_result(scheduler, None, past, row)
+        with contextlib.suppress(Exception):  # it ended; damage to its metrics.csv stops nobody
+            for row in plots.read_metrics(trial.run, epochs - 1):
+                ASHAScheduler.on_trial_result(scheduler, None, past, row)
     return scheduler
 
 
@@ -622,7 +651,9 @@ class Table:
         self.line(name, dice, notes.get(status, f", {status}: {reason}"))
 
     def write(self) -> None:
-        self.results.write({name for name, status in self.status.items() if status == "running"})
+        running = {name for name, status in self.status.items() if status == "running"}
+        with contextlib.suppress(OSError):  # a full disk, say; the next event writes it again
+            self.results.write(running)
 
 
 def callback(table: Table):
@@ -641,23 +672,26 @@ def callback(table: Table):
 
         def on_trial_error(self, iteration, trials, trial, **info):
             failed = run_of(trial) / "failed.txt"
-            if not failed.exists():
-                with atomic(failed) as file:
-                    file.write(b"its process died again and again; memory may be short\n")
+            with contextlib.suppress(OSError):  # its folder may be gone
+                if not failed.exists():
+                    with atomic(failed) as file:
+                        file.write(b"its process died again and again; memory may be short\n")
             table.ended(run_of(trial).name)
 
     return Tell()
 
 
 def announce(trial: Trial, search: str) -> None:
-    """Write trial.json: the settings, and the searches that asked for them."""
+    """Write trial.json, with the searches that asked for the trial, unless it says so already."""
     trial.run.mkdir(exist_ok=True)
-    searches = []
-    with contextlib.suppress(UserError, KeyError, TypeError):  # none yet, or damaged
-        searches = read_json(trial.run / "trial.json")["searches"]
-    if search not in searches:
-        record = {"searches": [*searches, search], "config": plain(trial.config)}
-        write_json(trial.run / "trial.json", record)
+    record = {"searches": [], "config": plain(trial.config), "studies": trial.studies}
+    with contextlib.suppress(UserError, TypeError):  # none yet, or damaged
+        found = read_record(trial.run)
+        same = fixed(as_config(found["config"])) == fixed(trial.config)
+        if same and found.get("studies") == trial.studies:
+            record = found
+    if search not in record["searches"]:
+        write_json(trial.run / "trial.json", record | {"searches": [*record["searches"], search]})
 
 
 def search(args: argparse.Namespace, given: dict) -> int:
@@ -731,9 +765,11 @@ def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Tab
         ):
             tuner.fit()
     except (ray.exceptions.RayError, tune.TuneError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        with open(out / "ray.log", "a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
         raise UserError(
-            f"Ray ended the search: {reason} (see {out / 'ray.log'}). The same command goes on."
+            f"Ray ended the search: {reason_of(error)} (see {out / 'ray.log'}). "
+            "The same command goes on."
         ) from None
     finally:
         ray.shutdown()
@@ -742,92 +778,64 @@ def schedule(args, trials: list[Trial], todo: list[Trial], out: Path, table: Tab
 
 # ------------------------------------------------------------------ the report
 
-# What does not make two trials of one table different: seeds are averaged, places may move.
-ASIDE = {"seed", "data", "cache", "workers", "device", "threads", "compile", "window_batch"}
+
+def refresh(folder: Path) -> None:
+    """Write results.csv anew from the trials' folders, which know more if the search was killed."""
+    if any(folder.glob("*/trial.json")):
+        with contextlib.suppress(Busy, OSError), only_writer(folder):  # a running search writes it
+            Results(folder).write()
 
 
 def report(folder: Path) -> str:
     """The tables of a search folder: Table 2, the λ grid of supplement Fig. 1, the best of free."""
-    if any(folder.glob("*/trial.json")):
-        # the folders know more than the file if the search was killed; while it runs it writes
-        with contextlib.suppress(Busy, OSError), only_writer(folder):
-            Results(folder).write()
-    frame = plots.read_trials(folder / "results.csv")
-    frame = frame.assign(dice=100 * frame[plots.dice_column(frame) or "val_dice"])
-    counts = ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
-    parts = [f"{folder}: {len(frame)} trials, {counts}"]
-    done = frame[frame["status"] == "done"]
+    refresh(folder)
+    trials = plots.read_trials(folder / "results.csv")
+    counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
+    parts = [f"{folder}: {len(trials)} trials, {counts}"]
     shown = set()
-    for aside, axes, table in (
-        ({"lambdas", "free"}, {"version", "phi", "theta", "shared"}, table2),
-        ({*plots.TABLE_2, "free"}, {"lambda_rec", "lambda_cls"}, lambda_table),
-    ):
-        own = plots.of_searches(done, aside)
-        for about, part in alike(own, axes):
-            text, used = table(part, about)
-            parts += [text] if len(used) else []
+    for kind, table in (("table 2", table2), ("lambdas", lambda_table)):
+        for about, part in plots.comparable(trials, kind):
+            text, used = table(part, about and f"; {about}")
+            parts += [text] if text else []
             shown |= set(used)
-    free = frame[frame["search"].str.split().map(lambda own: "free" in own)]
+    free = trials[trials["search"].str.split().map(lambda own: "free" in own)]
     if len(free):
         parts.append("Best validation Dice of --search free\n" + listing(free))
-    other = done[~done.index.isin(shown | set(free.index))]
+    other = trials[(trials["status"] == "done") & ~trials.index.isin(shown | set(free.index))]
     if len(other):
         parts.append("In none of the paper's tables\n" + listing(other, most=len(other)))
-    failed = frame[frame["status"] == "failed"]
+    failed = trials[trials["status"] == "failed"]
     parts += [f"failed: {row.trial}: {row.reason}" for row in failed.itertuples()]
     return "\n\n".join(parts)
 
 
-def alike(frame: pd.DataFrame, axes: set[str]) -> list[tuple[str, pd.DataFrame]]:
-    """The trials in groups that differ along `axes` and in their seed only, and what parts them.
-
-    An option that a trial does not read (NaN) parts it from no other.
-    """
-    if frame.empty:
-        return []
-    columns = list(frame.columns)
-    options = columns[columns.index("reason") + 1 : columns.index("epochs_done")]
-    # where versions are compared, λ_seg may be one thing in v1 and another in v4
-    apart = frame.groupby("version" if "version" in axes else np.zeros(len(frame)))
-    vary = [n for n in options if n not in axes | ASIDE and apart[n].nunique().gt(1).any()]
-    groups = []
-    for key in itertools.product(*(frame[name].dropna().unique() for name in vary)):
-        same = [(frame[name] == value) for name, value in zip(vary, key, strict=True)]
-        fits = [own | frame[name].isna() for own, name in zip(same, vary, strict=True)]
-        part = frame[np.logical_and.reduce(fits)] if vary else frame
-        if all(own[part.index].any() for own in same):
-            about = ", ".join(f"{n} {value:g}" if isinstance(value, float) else f"{n} {value}"
-                              for n, value in zip(vary, key, strict=True))  # fmt: skip
-            groups.append((about, part))
-    return groups
-
-
-def table2(frame: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
+def table2(trials: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
     """Table 2: test Dice in percent, here and in the paper; and which trials it shows.
 
     * is the best of a box (a version and an L), ** also the best of its version, as the paper's
     bold and underlined figures. Seeds are averaged.
     """
-    sets = [as_text(shared) for shared in SHARED]
-    frame = frame.assign(row=frame["theta"].where(frame["version"] == "v4", frame["phi"]))
-    keys = zip(frame["version"], frame["row"], strict=True)
+    sets = [in_csv(shared) for shared in SHARED]
+    rows = trials["theta"].where(trials["version"] == "v4", trials["phi"])
+    keys = zip(trials["version"], rows, strict=True)
     known = np.array([key in PAPER_TABLE2 for key in keys], bool)
-    frame = frame[known & frame["shared"].isin(sets) & (frame["kind"] == "petct")]
-    cells = frame.groupby(["version", "row", "shared"])["dice"]
-    means = cells.mean()
+    trials = trials[known & trials["shared"].isin(sets) & (trials["kind"] == "petct")]
+    if trials["dice"].isna().all():
+        return "", ()
+    table, said = plots.table_2(trials)
+    table = table.reindex(index=pd.MultiIndex.from_tuples(PAPER_TABLE2), columns=sets)
     lines = [
-        title("Table 2: test Dice in percent, in brackets the paper's", cells, about),
+        f"Table 2: test Dice in percent, in brackets the paper's; {said}{about}",
         f"{'':<21}" + "".join(f"{'{' + s.replace(' ', ',') + '}':<18}" for s in sets).rstrip(),
     ]
     for version in ("v1", "v2", "v3", "v4"):
         keys = [key for key in PAPER_TABLE2 if key[0] == version]
-        ours = marked([[means.get((*key, shared), np.nan) for shared in sets] for key in keys])
-        papers = marked([PAPER_TABLE2[key] for key in keys])
+        ours, papers = marked(table.loc[keys]), marked([PAPER_TABLE2[key] for key in keys])
         for (_, name), own, theirs in zip(keys, ours, papers, strict=True):
             label = ROW_NAMES.get(name, f"θ = {name}")
             pairs = (f"{a} ({b})" for a, b in zip(own, theirs, strict=True))
             lines.append(f"{version:<4}{label:<17}{''.join(f'{p:<18}' for p in pairs)}".rstrip())
-    return "\n".join([*lines, "* best of its box, ** also best of its version"]), frame.index
+    return "\n".join([*lines, "* best of its box, ** also best of its version"]), trials.index
 
 
 def marked(values) -> list[list[str]]:
@@ -842,21 +850,21 @@ def marked(values) -> list[list[str]]:
     return [[text(v, top) for v, top in zip(row, best, strict=True)] for row in values]
 
 
-def lambda_table(frame: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
+def lambda_table(trials: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
     """Supplement Fig. 1 as a table: test Dice in percent over λ_rec (rows) and λ_cls (columns);
     and which trials it shows."""
-    frame = frame.dropna(subset=["lambda_rec", "lambda_cls"])
-    if frame.empty:
-        return "", frame.index
-    cells = frame.groupby(["lambda_rec", "lambda_cls"])["dice"]
-    means = cells.mean().unstack().sort_index(ascending=False).sort_index(axis=1, ascending=False)
-    best = means.max(axis=None)
-    lines = [title("Test Dice in percent over λ_rec (rows) and λ_cls (columns)", cells, about)]
-    lines.append(f"{'':<8}" + "".join(f"{value:>8.0e} " for value in means.columns).rstrip())
-    for weight, row in means.iterrows():
+    trials = trials.dropna(subset=["lambda_rec", "lambda_cls"])
+    if trials["dice"].isna().all():
+        return "", ()
+    table, said = plots.dice_table(trials, ["lambda_rec"], "lambda_cls")
+    table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False)
+    best = table.max(axis=None)
+    lines = [f"Test Dice in percent over λ_rec (rows) and λ_cls (columns); {said}{about}"]
+    lines.append(f"{'':<8}" + "".join(f"{value:>8g} " for value in table.columns).rstrip())
+    for weight, row in table.iterrows():
         texts = (f"{v:.2f}{'*' if v == best else ' '}" if np.isfinite(v) else "– " for v in row)
-        lines.append(f"{weight:<8.0e}{''.join(f'{text:>9}' for text in texts)}".rstrip())
-    return "\n".join([*lines, "* best"]), frame.index
+        lines.append(f"{weight:<8g}{''.join(f'{text:>9}' for text in texts)}".rstrip())
+    return "\n".join([*lines, "* best"]), trials.index
 
 
 def listing(frame: pd.DataFrame, most: int = 10) -> str:
@@ -867,13 +875,6 @@ def listing(frame: pd.DataFrame, most: int = 10) -> str:
     frame = frame[[name for name in names if name in frame and frame[name].notna().any()]]
     frame = frame.rename(columns={"dice": "test Dice in %"})
     return frame.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4g}")
-
-
-def title(what: str, cells, about: str) -> str:
-    """What a table shows, the seeds per cell, and what parts it from others."""
-    low, high = cells.size().min(), cells.size().max()
-    seeds = "" if high == 1 else f"; means over {f'{low} to ' if low < high else ''}{high} seeds"
-    return what + seeds + (about and f"; {about}")
 
 
 # ------------------------------------------------------------------ command line
@@ -915,6 +916,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     args = parser.parse_args(argv)
     if (args.search is None) == (args.report is None):
         raise UserError("give either --search, or --report with the folder of a search.")
+    if args.report is not None:
+        for name, value in vars(args).items():
+            if value is not None and name != "report":
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} has no effect on --report. Leave it out.")
+        return args, {}
     if args.samples is not None and args.search != "free":
         raise UserError(f"--samples has no effect on --search {args.search}. Leave it out.")
     if any(seed < 0 for seed in args.seed or ()):
@@ -934,7 +941,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
 def run_command(argv: list[str] | None = None) -> int:
     """python tune.py: see the top of the file. Returns the exit code."""
     args, given = parse(argv)
-    if args.report:
+    if args.report is not None:
         print(report(Path(args.report)))
         return 0
     left = search(args, given)

@@ -53,7 +53,7 @@ def tidy():
 def trial(version="v3", shared="5", dice=None, **options):
     """A row of results.csv; without a Dice, of a trial that waits."""
     row = {"trial": "", "search": "mine", "status": "waiting" if dice is None else "done"}
-    row |= {"reason": None}
+    row |= {"reason": None, "kind": "petct"}
     row |= {"version": version, "shared": shared, "phi": "shuffle", "theta": None}
     row |= {"lambda_rec": 1e-4, "lambda_cls": 1e-3 if version == "v3" else None, "lr": 1e-3}
     row |= {"seed": 0, "epochs": 400, "epochs_done": 400, "val_dice": 0.9, "test_dice": dice}
@@ -115,6 +115,7 @@ def test_trials_keep_sets_and_theta_as_text(tmp_path):
     assert trials["theta"].isna().tolist() == [True, True, False] and trials["theta"][2] == "0.20"
     assert trials["test_dice"].isna().tolist() == [False, True, False]
     assert trials["reason"][1] == "NA"  # only an empty field is no value
+    assert trials["dice"].fillna(0).tolist() == [50, 0, 40]
 
 
 @pytest.mark.parametrize(
@@ -136,30 +137,42 @@ def test_a_foreign_file_is_named(tmp_path, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("rows", [[trial()], [trial(dice="good"), trial(dice=0.5)]])
-def test_a_search_without_results_and_a_dice_that_is_no_number(tmp_path, rows):
-    with pytest.raises(UserError, match="of its 1 trials has a test Dice yet|not the results"):
-        search(tmp_path, rows)
+def test_a_search_without_results_and_a_dice_that_is_no_number(tmp_path):
+    with pytest.raises(UserError, match="not the results of a search"):
+        search(tmp_path, [trial(dice="good"), trial(dice=0.5)])
+    write_search(tmp_path / "search", [trial()])
+    with pytest.raises(UserError, match="none of its 1 trials has a test Dice yet"):
         plots.draw_search(tmp_path / "search", tmp_path / "figures")
 
 
-def test_searches_that_share_a_folder_do_not_mix(tmp_path, monkeypatch):
-    rows = [trial("v3", "5", 0.5, search=name) for name in ("layers", "lambdas", "free", "mine")]
-    drawn = {}
+def test_searches_that_share_a_folder_do_not_mix(tmp_path):
+    names = ("layers", "lambdas", "free", "mine", "theta lambdas")
+    trials = search(tmp_path, [trial("v3", "5", 0.5, search=name) for name in names])
+    for table, expected in (
+        ("lambdas", {"lambdas", "mine", "theta lambdas"}),
+        ("table 2", {"layers", "mine", "theta lambdas"}),
+    ):
+        [(about, part)] = plots.comparable(trials, table)
+        assert set(part["search"]) == expected and about == ""
 
-    def note(name):
-        def draw(trials):
-            drawn[name] = set(trials["search"])
-            raise UserError("noted")
 
-        return draw
-
-    lambdas, others = note("lambdas"), note("others")
-    monkeypatch.setattr(plots, "lambda_map", lambdas)
-    monkeypatch.setattr(plots, "SEARCH_FIGURES", {"a": lambdas, "b": others})
-    with pytest.raises(UserError, match="no figure"):
-        plots.draw_search(write_search(tmp_path / "search", rows), tmp_path / "figures")
-    assert drawn == {"lambdas": {"lambdas", "mine"}, "others": {"layers", "mine"}}
+def test_only_comparable_trials_share_a_figure(tmp_path):
+    """Those that differ in what is compared, in seed or place, or in what one does not read."""
+    rows = [
+        trial("v1", "5", 0.60, seed=0, workers=1, phi="noise", noise_sigma=0.3),
+        trial("v1", "3", 0.50, seed=1, workers=2, phi="none"),  # reads no noise_sigma
+        trial("v1", "5", 0.10, lr=1e-2, phi="noise", noise_sigma=0.3),
+        trial("v1", "5", 0.20, phi="noise", noise_sigma=0.1),
+        trial("v1", "5", None, phi="noise", noise_sigma=0.1, lr=5e-5),  # waits
+    ]
+    trials = search(tmp_path, rows)
+    found = {about: sorted(part["trial"]) for about, part in plots.comparable(trials, "table 2")}
+    assert found == {
+        "noise_sigma 0.3, lr 0.001": ["t0", "t1"],
+        "noise_sigma 0.1, lr 0.001": ["t1", "t3"],
+        "noise_sigma 0.3, lr 0.01": ["t2"],
+        "noise_sigma 0.1, lr 5e-05": ["t4"],
+    }
 
 
 # --------------------------------------------------------------- Figs. 4-6 of the paper's Table 2
@@ -244,7 +257,9 @@ def test_other_sets_follow_those_of_the_paper(tmp_path):
 
 def test_brain_tumours_are_compared_by_the_whole_tumour(tmp_path):
     rows = [
-        trial(version, layers, None, phi="none", test_dice_whole=dice, test_dice_core=0.1)
+        trial(
+            version, layers, None, kind="mri", phi="none", test_dice_whole=dice, test_dice_core=0.1
+        )
         for version, layers, dice in (("v2", "5", 0.9), ("v2", "3", 0.8), ("v1", "5", 0.7))
     ]
     [axis] = plots.shared_curves(search(tmp_path, rows))[0].axes
@@ -302,14 +317,24 @@ def test_a_cell_with_fewer_seeds_counts_and_is_told(tmp_path):
     assert figure.axes[0].images[0].get_array()[4, 4] == pytest.approx(54)  # seed 0 alone, 55 - 1
 
 
-def test_the_best_setting_stands_for_a_cell_and_this_is_told(tmp_path):
+def test_each_setting_has_its_own_figure(tmp_path, capsys):
     rows = [trial("v1", s, d, lr=lr, seed=k) for s, d, lr, k in (
         ("5", 0.60, 1e-3, 0), ("5", 0.64, 1e-3, 1), ("5", 0.65, 1e-2, 0), ("5", 0.55, 1e-2, 1),
         ("3", 0.50, 1e-3, 0), ("3", 0.52, 1e-3, 1),
     )]  # fmt: skip
-    figure, said = plots.shared_curves(search(tmp_path, rows))
+    trials = search(tmp_path, rows)
+    (about, part), (other, rest) = plots.comparable(trials, "table 2")
+    assert (about, other) == ("lr 0.001", "lr 0.01")
+    figure, said = plots.shared_curves(part, about)
     assert list(figure.axes[0].get_lines()[0].get_ydata()) == pytest.approx([51, 62])
-    assert said == "mean of 2 seeds; best over lr"
+    assert said == figure.axes[0].get_title(loc="right") == "mean of 2 seeds; lr 0.001"
+    plots.draw_search(tmp_path / "search", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "fig5_shared-lr_0.001.png",
+        "fig5_shared-lr_0.001.pdf",
+    }
+    said = capsys.readouterr().out
+    assert "fig5_shared     not drawn: compares sets L, the search does not (lr 0.01)" in said
 
 
 # ------------------------------------------------------------------ files and the command
@@ -335,13 +360,11 @@ def test_the_command_writes_what_the_search_compares(tmp_path, capsys):
 
 def test_no_text_of_a_figure_is_cut_off_or_too_small(tmp_path):
     rows = table_2() + [trial("v1", " ".join("12345678"[: n + 2]), 0.6) for n in range(3)]
-    more = {"batch_size": 8, "weight_decay": 1, "lr": 1e-4, "schedule": "poly", "clip": 1}
-    rows += [trial("v3", "5", 0.6, **more), trial("v4", "5", 0.6, phi="none", theta="0.1", **more)]
-    trials = search(tmp_path, rows)
-    grid = search(tmp_path, [*lambda_rows()[:-1], trial(dice=0.5, **more)])
-    assert len(plots.phi_boxes(trials)[1]) > 70 < len(plots.lambda_map(grid)[1])  # two lines
-    for draw in plots.SEARCH_FIGURES.values():
-        figure, _ = draw(grid if draw is plots.lambda_map else trials)
+    trials = search(tmp_path, rows[1:])
+    grid = search(tmp_path, lambda_rows()[:-1])
+    about = "batch_size 8, weight_decay 1, lr 0.0001, schedule poly, clip 1"  # two lines with it
+    for table, draw in plots.SEARCH_FIGURES.values():
+        figure, _ = draw(grid if table == "lambdas" else trials, about)
         figure.draw_without_rendering()
         extent, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
         assert min(extent.x0, extent.y0, width - extent.x1, height - extent.y1) >= 0

@@ -140,12 +140,15 @@ def state(run, epochs):
     return found["status"], found["reason"]
 
 
-def make_trial(root, name, search="table2", status="done", dice=0.5, rows=None, **changes):
+def make_trial(
+    root, name, search="table2", status="done", dice=0.5, rows=None, studies="s", **changes
+):
     """A trial's folder as a search leaves it."""
     config = train.resolve(replace(train.Config(), epochs=4, val_every=1, **changes), "petct", True)
     run = root / name
     run.mkdir(parents=True)
-    write_json(run / "trial.json", {"searches": search.split(), "config": train.plain(config)})
+    record = {"searches": search.split(), "config": train.plain(config), "studies": studies}
+    write_json(run / "trial.json", record)
     if status != "waiting":
         write_json(run / "config.json", {"config": train.plain(config)})
         rows = rows or [0.1, 0.3, 0.2]
@@ -200,7 +203,7 @@ def test_the_report_is_table_2_with_the_papers_figures_beside_ours(tmp_path):
                 i += 1
     text = tune.report(tmp_path)
     lines = text.splitlines()
-    assert "210 trials, 210 done" in lines[0] and "means over 2 seeds" in text
+    assert "210 trials, 210 done" in lines[0] and "mean of 2 seeds" in text
     pairs = re.findall(r"([\d.]+)(\**) \(([\d.]+)(\**)\)", text)
     assert len(pairs) == 105 and all(a == c and b == d for a, b, c, d in pairs)
     shuffled = next(line for line in lines if line.startswith("v3  L2 + shuffling"))
@@ -221,6 +224,58 @@ def test_the_report_keeps_budgets_apart_and_names_what_is_missing(tmp_path):
     assert text.count("– (") == 105 * 2 - 3
 
 
+def figures_of(text):
+    """Our figures in Table 2, without the missing ones."""
+    return re.findall(r"(\d+\.\d\d)\** \(", text)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"steps": 2}, ["steps default", "steps 2"]),
+        ({"studies": "t"}, ["studies s", "studies t"]),
+        ({"fold": 1, "studies": "t"}, ["fold 0, studies s", "fold 1, studies t"]),
+        ({"version": "v3", "lr": 0.1}, ["lr 0.001", "lr 0.1"]),  # of another version too
+    ],
+)
+def test_seeds_of_one_setting_on_the_same_studies_are_averaged_and_no_others(
+    changes, said, tmp_path
+):
+    own = dict(version="v1", phi="noise")
+    make_trial(tmp_path, "a", dice=0.6, **own, workers=2, data="here", cache="c", splits="x.json")
+    make_trial(tmp_path, "b", dice=0.5, **own, workers=4, data="there", seed=1, skip_bad=True)
+    text = tune.report(tmp_path)
+    assert "; mean of 2 seeds\n" in text and figures_of(text) == ["55.00"]
+    make_trial(tmp_path, "c", dice=0.1, **own | changes)
+    one, other = tune.report(tmp_path).split("Table 2")[1:]
+    assert (figures_of(one), figures_of(other)) == (["55.00"], ["10.00"])
+    assert [part.splitlines()[0].split("; ")[-1] for part in (one, other)] == said
+
+
+def test_validation_dice_is_no_test_dice(tmp_path):
+    make_trial(tmp_path, "f", "free", "stopped", version="v2", rows=[0.9])
+    make_trial(tmp_path, "g", version="v1", phi="noise", dice=None)  # no lesion in its test part
+    text = tune.report(tmp_path)
+    assert "test Dice" not in text and "90" not in text and "Table 2" not in text
+
+
+def test_every_finished_trial_is_shown(tmp_path):
+    for name, count, dice in (("a", 30, 0.1), ("b", 1, 0.2)):
+        make_trial(tmp_path, name, version="v1", phi="shuffle", shuffle_count=count, dice=dice)
+    make_trial(tmp_path, "c", version="v1", phi="none", lr=0.01, dice=0.3)
+    make_trial(tmp_path, "d", version="v1", phi="none", lr=0.001, dice=0.4)
+    text = tune.report(tmp_path)
+    tables = text.split("Table 2")[1:]
+    found = {part.splitlines()[0].split("; ")[-1]: figures_of(part) for part in tables}
+    assert found == {
+        "shuffle_count 30, lr 0.001": ["40.00", "10.00"],
+        "shuffle_count 1, lr 0.001": ["40.00", "20.00"],
+        "lr 0.01": ["30.00"],
+    }
+    assert len(tables) == 3
+    assert "In none of" not in text
+
+
 def test_the_report_of_lambdas_and_of_free(tmp_path):
     for i, (rec, dice) in enumerate(((1e-1, 0.31), (1e-5, 0.42))):
         make_trial(tmp_path, f"l{i}", "lambdas", version="v3", phi="shuffle", lambda_rec=rec,
@@ -229,7 +284,7 @@ def test_the_report_of_lambdas_and_of_free(tmp_path):
     make_trial(tmp_path, "f1", "free", version="v4", theta="learn")
     text = tune.report(tmp_path)
     rows = [line.split() for line in text.splitlines()]
-    assert ["1e-01", "31.00"] in rows and ["1e-05", "42.00*"] in rows
+    assert ["0.1", "31.00"] in rows and ["1e-05", "42.00*"] in rows
     listed = text[text.index("--search free") :]
     assert re.search(r"v2\s+1 8.*stopped", listed) and re.search(r"v4\s+5.*learn.*done", listed)
     assert listed.index("v2") < listed.index("v4")
@@ -253,8 +308,8 @@ def test_an_option_that_only_some_trials_read_parts_no_table(tmp_path):
 
 def test_a_trial_that_two_searches_ask_for_stands_in_both_tables(tmp_path):
     run, config = make_trial(tmp_path, "t", "lambdas", version="v3", phi="shuffle", dice=0.6591)
-    tune.announce(tune.Trial("t", replace(config, out=str(run))), "layers")
-    tune.announce(tune.Trial("t", replace(config, out=str(run))), "layers")
+    for _ in range(2):
+        tune.announce(tune.Trial("t", replace(config, out=str(run)), "s"), "layers")
     assert tune.read_json(run / "trial.json")["searches"] == ["lambdas", "layers"]
     text = tune.report(tmp_path)
     assert "65.91** (65.91**)" in text and "65.91*\n" in text
@@ -282,6 +337,31 @@ BAD = {
     "stopped.json": (b"{}", b"[]", b""),
     "failed.txt": (b"", b"\n \n", b"\xff"),
 }
+
+
+def test_a_finished_trial_keeps_its_results_whatever_happens_to_its_metrics(tmp_path):
+    run, _ = make_trial(tmp_path, "a", version="v1", phi="noise", dice=0.6)
+    (run / "metrics.csv").write_bytes(b"garbage")
+    row = tune.row_of(run)
+    assert (row["status"], row["test_dice"], row["val_dice"]) == ("done", 0.6, 0.3)
+    assert (row["epochs_done"], row["seconds"]) == (4, 50.0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"searches": ["layers"], "config": {}}', b'{"searches": null}',
+     b'{"searches": "layers", "config": {}}', b'{"searches": [1], "config": {}}'],
+)  # fmt: skip
+def test_the_same_command_writes_a_damaged_trial_json_again(content, tmp_path):
+    run, config = make_trial(tmp_path, "t", "layers", version="v1", phi="noise", dice=0.6)
+    whole = (run / "trial.json").read_bytes()
+    (run / "trial.json").write_bytes(content)
+    assert "failed: t: damaged folder: trial.json" in tune.report(tmp_path)
+    tune.announce(tune.Trial("t", replace(config, out=str(run), workers=9), "s"), "layers")
+    assert tune.row_of(run)["test_dice"] == 0.6 and tune.row_of(run)["search"] == "layers"
+    (run / "trial.json").write_bytes(whole)  # a whole one stays, with what its training had
+    tune.announce(tune.Trial("t", replace(config, out=str(run), workers=9), "s"), "layers")
+    assert (run / "trial.json").read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -323,6 +403,9 @@ def call(*words, cwd):
     [
         ([], "give either --search, or --report"),
         (["--search", "lambdas", "--report", "x"], "give either --search, or --report"),
+        (["--report", ""], "results.csv: No such file or directory"),
+        (["--report", "x", "--samples", "3"], "--samples has no effect on --report"),
+        (["--report", "x", "--lr", "1"], "--lr has no effect on --report"),
         (["--report", "nowhere"], "nowhere/results.csv: No such file or directory"),
         (["--search", "layers", "--samples", "3"], "--samples has no effect on --search layers"),
         (["--search", "free", "--samples", "0"], "--samples 0: at least 1"),
@@ -353,7 +436,7 @@ def test_a_second_search_in_one_folder_is_refused(tmp_path):
             tune.run_command(["--search", "lambdas", "--out", str(tmp_path)])
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
 
 
 # ------------------------------------------------------------------ machines
@@ -480,6 +563,25 @@ def test_time_left_counts_the_epochs_of_this_launch(tmp_path, monkeypatch, capsy
     assert words[:9] == ["0:00:50", "0/3", "0", "1", "1", "1", "0:17:30", "bad,", "failed:"]
 
 
+def test_a_trial_whose_process_or_folder_is_gone_does_not_stop_the_others(tmp_path, capsys):
+    trials = []
+    for name in ("dead", "gone", "fine"):
+        run, config = make_trial(tmp_path, name, status="waiting", version="v2")
+        trials.append(tune.Trial(name, replace(config, out=str(run))))
+    table = tune.Table(trials, tune.Results(tmp_path))
+    tell = tune.callback(table)
+    ray = [SimpleNamespace(config={"task": {"config": {"out": t.config.out}}}) for t in trials]
+    shutil.rmtree(trials[1].run)
+    for trial in ray[:2]:
+        tell.on_trial_start(0, [], trial)
+        tell.on_trial_error(0, [], trial)
+    assert state(trials[0].run, 4)[1].startswith("its process died again and again")
+    assert (table.count("failed"), table.count("waiting")) == (1, 2)
+    assert "dead, failed: its process died" in capsys.readouterr().out
+    frame = plots.read_trials(tmp_path / "results.csv").set_index("trial")
+    assert frame["status"].to_dict() == {"dead": "failed", "fine": "waiting"}
+
+
 # ------------------------------------------------------------------ whole searches, killed
 
 
@@ -580,6 +682,14 @@ def test_a_trial_that_cannot_train_says_why_and_ends_quietly(tmp_path, monkeypat
     status, reason = state(run, 4)
     assert status == "failed" and reason.startswith(f"{run / 'last.pt'}: not a readable checkpoint")
     assert "Traceback" in (run / "failed.txt").read_text()
+    told.clear()
+    took = {"seconds": 1.0, "val_seconds": 0.0}
+    plots.write_metrics(run, [{"epoch": 1, **took}, {"epoch": 2, "val_dice": 0.5, **took}])
+    tune.run_trial({"task": task})  # the epochs before are told again, for ASHA
+    assert told[0] == {"epoch": 1, "ended": False, "replayed": True}
+    assert told[1] == {"epoch": 2, "ended": False, "val_dice": 0.5, "replayed": True}
+    tune.run_trial({"task": task | {"cwd": str(tmp_path / "gone")}})
+    assert state(run, 4) == ("failed", f"[Errno 2] No such file or directory: '{tmp_path}/gone'")
 
 
 def test_a_free_search_goes_on_from_its_ended_trials_and_stops_the_worse_one(cohort):
@@ -590,6 +700,7 @@ def test_a_free_search_goes_on_from_its_ended_trials_and_stops_the_worse_one(coh
     args, given = tune.parse([*map(str, words), "--data", str(cohort / "data"), *TINY])
     given["cache"] = str(cohort / "cache")
     good, bad = tune.plan(args, given)
+    assert good.name.startswith("free-v1-L5-rec")  # no grid takes a stopped trial for its own
     good.run.mkdir(parents=True)
     write_json(good.run / "trial.json", {"searches": ["free"], "config": train.plain(good.config)})
     write_json(good.run / "summary.json", {"epochs": 2, "systems": {"model": {}}})
