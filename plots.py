@@ -453,6 +453,7 @@ def read_trials(path: Path) -> pd.DataFrame:
     needed = [*text, "lambda_rec", "lambda_cls", "seed", "epochs_done", "val_dice"]
     if missing := [name for name in needed if name not in trials]:
         raise UserError(f"{path}: not the results of a search (no column {', '.join(missing)}).")
+    trials["search"] = trials["search"].fillna("")
     trials["dice"] = np.nan
     for name in ("test_dice", "test_dice_whole"):
         if name in trials:

@@ -350,7 +350,8 @@ def test_a_finished_trial_keeps_its_results_whatever_happens_to_its_metrics(tmp_
 @pytest.mark.parametrize(
     "content",
     [b"", b"[]", b"{}", b'{"searches": ["layers"], "config": {}}', b'{"searches": null}',
-     b'{"searches": "layers", "config": {}}', b'{"searches": [1], "config": {}}'],
+     b'{"searches": "layers", "config": {}}', b'{"searches": [1], "config": {}}',
+     b'{"searches": [], "config": {}}'],
 )  # fmt: skip
 def test_the_same_command_writes_a_damaged_trial_json_again(content, tmp_path):
     run, config = make_trial(tmp_path, "t", "layers", version="v1", phi="noise", dice=0.6)
