@@ -442,9 +442,10 @@ def read_trials(path: Path) -> pd.DataFrame:
     """
     words = ("trial", "search", "status", "reason", "kind", "version", "shared", "phi", "theta")
     text = dict.fromkeys(words, str)
-    numbers = dict.fromkeys(("lambda_rec", "lambda_cls", "test_dice", "test_dice_whole"), float)
+    others = dict.fromkeys(("lambda_rec", "lambda_cls", "test_dice", "test_dice_whole"), float)
+    others["studies"] = str  # a hash, though it may look like a number
     try:
-        trials = pd.read_csv(path, dtype=text | numbers, keep_default_na=False, na_values=[""])
+        trials = pd.read_csv(path, dtype=text | others, keep_default_na=False, na_values=[""])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Give the folder of a search.") from None
     except ValueError as error:
@@ -465,16 +466,22 @@ def comparable(trials: pd.DataFrame, table: str) -> list[tuple[str, pd.DataFrame
     """The trials of a table (a key of TABLES) in groups that differ only in what it compares, in
     their seed and in what a launch decides; and in words what parts the groups.
 
-    An option that a trial does not read (NaN) parts it from no other.
+    An option that a trial does not read (NaN) parts it from no other, nor does a λ_seg that is the
+    version's own: those of brain tumours have one each.
     """
     from train import LAUNCH, Config
 
     others, compared = TABLES[table]
-    trials = trials[trials["search"].str.split().map(lambda own: bool(set(own) - others))]
+    trials = trials[np.array([bool(set(own.split()) - others) for own in trials["search"]], bool)]
+    if trials.empty:
+        return []
     aside = {*compared, "seed", "splits"} | LAUNCH - {"epochs"}  # `studies` tells the splits apart
     options = [name for name in (*(f.name for f in fields(Config)), "studies") if name in trials]
+    weights = trials.groupby("version")["lambda_seg"].nunique() if "lambda_seg" in trials else 0
+    if "version" in compared and np.max(weights) < 2:
+        aside.add("lambda_seg")
     options = [name for name in options if name not in aside and trials[name].nunique() > 1]
-    groups = [trials] if len(trials) else []
+    groups = [trials]
     for name in options:
         groups = [part for group in groups for part in split(group, name)]
     rows = [set(group.index) for group in groups]
@@ -489,7 +496,7 @@ def comparable(trials: pd.DataFrame, table: str) -> list[tuple[str, pd.DataFrame
 
 def in_words(value) -> str:
     """A value of results.csv, where a column with gaps holds its whole numbers as 30.0."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def split(trials: pd.DataFrame, name: str) -> list[pd.DataFrame]:
@@ -500,7 +507,7 @@ def split(trials: pd.DataFrame, name: str) -> list[pd.DataFrame]:
 
 def dice_table(trials: pd.DataFrame, rows: list[str], column: str) -> tuple[pd.DataFrame, str]:
     """Test Dice in % of `trials` by `rows` and `column`, the mean over seeds, NaN where missing;
-    and of how many seeds, in words."""
+    and in words of how many seeds. Raises UserError if there is none."""
     cells = trials.groupby([*rows, column])["dice"]
     table, seeds = cells.mean().unstack(column), cells.count()
     if not seeds.any():
@@ -508,10 +515,15 @@ def dice_table(trials: pd.DataFrame, rows: list[str], column: str) -> tuple[pd.D
     if column == "shared":
         table = table[sorted(table, key=set_order)]
     low, high = seeds[seeds > 0].min(), seeds.max()
-    said = "1 seed" if high == 1 else f"mean of {f'{low} to ' if low < high else ''}{high} seeds"
-    if missing := int(table.isna().sum().sum()):
-        said += f"; {missing} of {table.size} cells missing"
-    return table, said
+    few = f"{low} to " if low < high else ""
+    return table, "1 seed" if high == 1 else f"mean of {few}{high} seeds"
+
+
+def told(table: pd.DataFrame, seeds: str, about: str) -> str:
+    """What a figure says of its table: the seeds, missing cells, and what parts it from others."""
+    missing = int(table.isna().sum().sum())
+    gaps = f"{missing} of {table.size} cells missing" if missing else ""
+    return "; ".join(filter(None, (seeds, gaps, about)))
 
 
 def table_2(trials: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -576,8 +588,8 @@ def draw_box(axis, at: float, values, width: float, color: str, hatch: str = "")
 def lambda_map(trials: pd.DataFrame, about: str = ""):
     """Fig. 1 of the supplement: test Dice of v3 over λ_rec and λ_class, the best one framed."""
     trials = of_version(trials, ["v3"], ["lambda_rec", "lambda_cls"], "λ of v3")
-    table, said = dice_table(trials, ["lambda_cls"], "lambda_rec")
-    said += about and f"; {about}"
+    table, seeds = dice_table(trials, ["lambda_cls"], "lambda_rec")
+    said = told(table, seeds, about)
     values = np.ma.masked_invalid(table.to_numpy())
     figure, axis = plt.subplots(figsize=(3.3, 2.8))
     image = axis.imshow(values, cmap="viridis", origin="lower", aspect="auto")
@@ -613,8 +625,8 @@ def phi_boxes(trials: pd.DataFrame, about: str = ""):
     """Fig. 4: a box per version and Φ over all sets L of shared layers."""
     versions = [v for v in VERSIONS if v != "v4" and v in {*trials["version"]}]
     trials = of_version(trials, versions, ["phi"], "Φ")
-    table, said = table_2(trials)
-    said += about and f"; {about}"
+    table, seeds = table_2(trials)
+    said = told(table, seeds, about)
     figure, axis = search_axis(trials, said)
     for i, version in enumerate(versions):
         for j, phi in enumerate(PHIS):
@@ -636,8 +648,8 @@ def shared_curves(trials: pd.DataFrame, about: str = ""):
     """Fig. 5: a line per version over the sets L; a dot is the best Φ or θ, bold in Table 2."""
     versions = [v for v in VERSIONS if v in {*trials["version"]}]
     trials = of_version(trials, versions, ["shared"], "sets L")
-    table, said = table_2(trials)
-    said += about and f"; {about}"
+    table, seeds = table_2(trials)
+    said = told(table, seeds, about)
     best = table.groupby("version").max()
     figure, axis = search_axis(trials, said, best.shape[1])
     for version in versions:
@@ -655,8 +667,8 @@ def shared_curves(trials: pd.DataFrame, about: str = ""):
 def theta_boxes(trials: pd.DataFrame, about: str = ""):
     """Fig. 6: v4, a box per set L over the fixed θ; the learned θ is a star beside it."""
     trials = of_version(trials.dropna(subset="theta"), ["v4"], ["theta"], "θ")
-    table, said = table_2(trials)
-    said += about and f"; {about}"
+    table, seeds = table_2(trials)
+    said = told(table, seeds, about)
     table = table.loc["v4"]
     figure, axis = search_axis(trials, said, table.shape[1])
     learned = "learn" in table.index
@@ -681,11 +693,11 @@ TABLES = {
     "table 2": ({"lambdas", "free"}, {"version", "phi", "theta", "shared"}),
     "lambdas": ({"layers", "theta", "table2", "free"}, {"lambda_rec", "lambda_cls"}),
 }
-SEARCH_FIGURES = {
-    "fig_s1_lambdas": ("lambdas", lambda_map),
-    "fig4_phi": ("table 2", phi_boxes),
-    "fig5_shared": ("table 2", shared_curves),
-    "fig6_theta": ("table 2", theta_boxes),
+SEARCH_FIGURES = {  # the table, the versions that are drawn, and how
+    "fig_s1_lambdas": ("lambdas", ("v3",), lambda_map),
+    "fig4_phi": ("table 2", tuple(v for v in VERSIONS if v != "v4"), phi_boxes),
+    "fig5_shared": ("table 2", VERSIONS, shared_curves),
+    "fig6_theta": ("table 2", ("v4",), theta_boxes),
 }
 
 
@@ -697,7 +709,7 @@ def publish(figure, out: Path, name: str) -> str:
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # fonts embedded whole, as text
         save(figure, out / f"{name}.png", out / f"{name}.pdf", dpi=300)
-    return f"{name:<16}{out / name}.png, .pdf"
+    return f"{name:<15} {out / name}.png, .pdf"
 
 
 def draw_search(search: Path, out: Path) -> None:
@@ -712,19 +724,22 @@ def draw_search(search: Path, out: Path) -> None:
     if trials["dice"].isna().all():
         raise UserError(f"{search}: none of its {len(trials)} trials has a test Dice yet.")
     drawn, reasons = 0, {}
-    for name, (table, draw) in SEARCH_FIGURES.items():
-        for about, part in comparable(trials, table):
+    for name, (table, versions, draw) in SEARCH_FIGURES.items():
+        groups = comparable(trials[trials["version"].isin(versions)], table)
+        if not groups:
+            reasons[name] = f"no trial of {' '.join(versions)}"
+        for i, (about, part) in enumerate(groups, 1):
             try:
                 figure, said = draw(part, about)
             except UserError as error:
                 reasons.setdefault(name, str(error) + (about and f" ({about})"))
                 continue
-            words = re.sub(r"[^\w.]+", "_", about)
+            words = re.sub(r"[^\w.]+", "_", about) if len(about) < 150 else str(i)
             print(f"{publish(figure, out, name + (words and f'-{words}'))}   {said}")
             drawn += 1
     if not drawn:
         why = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
-        raise UserError(f"{search}: no figure to draw of {why or 'these searches'}.")
+        raise UserError(f"{search}: no figure to draw of {why}.")
     for name, reason in reasons.items():
         print(f"{name:<16}not drawn: {reason}")
 

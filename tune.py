@@ -39,6 +39,7 @@ from train import (
     Config,
     add_flags,
     as_config,
+    check_numbers,
     choose_splits,
     command_line,
     only_writer,
@@ -71,8 +72,8 @@ SPACES["table2"] = SPACES["layers"] + SPACES["theta"]
 
 def reason_of(error: Exception) -> str:
     """An error in one line; of a traceback, as Ray sends it, the last."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if any(line.startswith("Traceback") for line in lines) else 0].strip()
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1 if "Traceback" in text or "ray::" in text else 0].strip()
 
 
 def between(low: float, high: float):
@@ -241,6 +242,11 @@ SETTINGS = [f.name for f in fields(Config) if f.name not in ("out", "resume", "c
 OUTCOME = ("epochs_done", "val_dice", "seconds", "gpu_memory_mb")
 
 
+def number(value) -> float | None:
+    """Raises what float() raises; None stays."""
+    return None if value is None else float(value)
+
+
 def look(run: Path, epochs: int) -> dict:
     """What a trial's folder says: its status and why, and what came out so far.
 
@@ -251,13 +257,14 @@ def look(run: Path, epochs: int) -> dict:
         if (run / "summary.json").exists():
             summary = read_json(run / "summary.json")
             if summary["epochs"] == epochs:
-                found |= {key: summary.get(key) for key in OUTCOME} | {"epochs_done": epochs}
+                found |= {name: number(summary.get(name)) for name in OUTCOME}
+                found["epochs_done"] = epochs
                 means = summary["systems"]["model"].items()
-                found |= {f"test_{metric}": values["mean"] for metric, values in means}
+                found |= {f"test_{name}": number(values["mean"]) for name, values in means}
                 return found | {"status": "done"}
         rows = plots.read_metrics(run, epochs)
         if rows:
-            dices = [row["val_dice"] for row in rows if "val_dice" in row]
+            dices = [number(row["val_dice"]) for row in rows if "val_dice" in row]
             found |= {
                 "epochs_done": rows[-1]["epoch"],
                 "val_dice": max(dices, default=None),
@@ -286,7 +293,7 @@ def read_record(run: Path) -> dict:
         and all(isinstance(name, str) for name in record["searches"])
     ):
         raise UserError(f"{run / 'trial.json'}: not a trial's record.")
-    return record
+    return {"studies": f"unknown, {record['config'].get('splits')}"} | record  # of older code
 
 
 def row_of(run: Path) -> dict:
@@ -295,13 +302,13 @@ def row_of(run: Path) -> dict:
     row |= dict.fromkeys((*SETTINGS, "studies", *OUTCOME)) | {"folder": run.name}
     try:
         record = read_record(run)
-        config = as_config(record["config"])
+        config = check_numbers(as_config(record["config"]))
         unread = [name for name, used in reads(config, config.kind).items() if not used]
     except Exception:
         return row | {"reason": "damaged folder: trial.json (the search's command writes it again)"}
     row |= {name: in_csv(getattr(config, name)) for name in SETTINGS}
     row |= {name: None for name in unread if name != "phi"}
-    row |= {"search": " ".join(record["searches"]), "studies": record.get("studies")}
+    row |= {"search": " ".join(record["searches"]), "studies": record["studies"]}
     return row | look(run, config.epochs)
 
 
@@ -328,6 +335,8 @@ class Results:
             elif file.parent.name in running:
                 row |= {"status": "running", "reason": ""}
             rows.append(row)
+        if not rows:
+            return
         frame = pd.DataFrame(rows).sort_values("trial")
         last = ["seconds", "gpu_memory_mb", "folder"]
         frame = frame[[name for name in frame if name not in last] + last]
@@ -688,8 +697,12 @@ def announce(trial: Trial, search: str) -> None:
     with contextlib.suppress(UserError, TypeError):  # none yet, or damaged
         found = read_record(trial.run)
         same = fixed(as_config(found["config"])) == fixed(trial.config)
-        if same and found.get("studies") == trial.studies:
-            record = found
+        if same:
+            record = (
+                found
+                if found["studies"] == trial.studies
+                else record | {"searches": found["searches"]}
+            )
     if search not in record["searches"]:
         write_json(trial.run / "trial.json", record | {"searches": [*record["searches"], search]})
 
@@ -793,12 +806,16 @@ def report(folder: Path) -> str:
     counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
     parts = [f"{folder}: {len(trials)} trials, {counts}"]
     shown = set()
-    for kind, table in (("table 2", table2), ("lambdas", lambda_table)):
-        for about, part in plots.comparable(trials, kind):
-            text, used = table(part, about and f"; {about}")
-            parts += [text] if text else []
-            shown |= set(used)
-    free = trials[trials["search"].str.split().map(lambda own: "free" in own)]
+    weighed = trials["lambda_rec"].notna() & trials["lambda_cls"].notna()
+    for own, kind, table in (
+        (trials[in_table2(trials)], "table 2", table2),
+        (trials[weighed], "lambdas", lambda_table),
+    ):
+        for about, part in plots.comparable(own, kind):
+            if part["dice"].notna().any():
+                parts.append(table(part, about and f"; {about}"))
+                shown |= set(part.index)
+    free = trials[["free" in searches.split() for searches in trials["search"]]]
     if len(free):
         parts.append("Best validation Dice of --search free\n" + listing(free))
     other = trials[(trials["status"] == "done") & ~trials.index.isin(shown | set(free.index))]
@@ -809,19 +826,22 @@ def report(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def table2(trials: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
-    """Table 2: test Dice in percent, here and in the paper; and which trials it shows.
+def in_table2(trials: pd.DataFrame) -> np.ndarray:
+    """Which trials stand in Table 2: those of its rows and sets L, of PET/CT."""
+    rows = trials["theta"].where(trials["version"] == "v4", trials["phi"])
+    keys = zip(trials["version"], rows, trials["shared"], trials["kind"], strict=True)
+    sets = [in_csv(shared) for shared in SHARED]
+    known = [(v, row) in PAPER_TABLE2 and s in sets and k == "petct" for v, row, s, k in keys]
+    return np.array(known, bool)
+
+
+def table2(trials: pd.DataFrame, about: str) -> str:
+    """Table 2: test Dice in percent, here and in the paper.
 
     * is the best of a box (a version and an L), ** also the best of its version, as the paper's
     bold and underlined figures. Seeds are averaged.
     """
     sets = [in_csv(shared) for shared in SHARED]
-    rows = trials["theta"].where(trials["version"] == "v4", trials["phi"])
-    keys = zip(trials["version"], rows, strict=True)
-    known = np.array([key in PAPER_TABLE2 for key in keys], bool)
-    trials = trials[known & trials["shared"].isin(sets) & (trials["kind"] == "petct")]
-    if trials["dice"].isna().all():
-        return "", ()
     table, said = plots.table_2(trials)
     table = table.reindex(index=pd.MultiIndex.from_tuples(PAPER_TABLE2), columns=sets)
     lines = [
@@ -835,7 +855,7 @@ def table2(trials: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
             label = ROW_NAMES.get(name, f"θ = {name}")
             pairs = (f"{a} ({b})" for a, b in zip(own, theirs, strict=True))
             lines.append(f"{version:<4}{label:<17}{''.join(f'{p:<18}' for p in pairs)}".rstrip())
-    return "\n".join([*lines, "* best of its box, ** also best of its version"]), trials.index
+    return "\n".join([*lines, "* best of its box, ** also best of its version"])
 
 
 def marked(values) -> list[list[str]]:
@@ -850,12 +870,8 @@ def marked(values) -> list[list[str]]:
     return [[text(v, top) for v, top in zip(row, best, strict=True)] for row in values]
 
 
-def lambda_table(trials: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
-    """Supplement Fig. 1 as a table: test Dice in percent over λ_rec (rows) and λ_cls (columns);
-    and which trials it shows."""
-    trials = trials.dropna(subset=["lambda_rec", "lambda_cls"])
-    if trials["dice"].isna().all():
-        return "", ()
+def lambda_table(trials: pd.DataFrame, about: str) -> str:
+    """Supplement Fig. 1 as a table: test Dice in percent over λ_rec (rows) and λ_cls (columns)."""
     table, said = plots.dice_table(trials, ["lambda_rec"], "lambda_cls")
     table = table.sort_index(ascending=False).sort_index(axis=1, ascending=False)
     best = table.max(axis=None)
@@ -864,7 +880,7 @@ def lambda_table(trials: pd.DataFrame, about: str) -> tuple[str, pd.Index]:
     for weight, row in table.iterrows():
         texts = (f"{v:.2f}{'*' if v == best else ' '}" if np.isfinite(v) else "– " for v in row)
         lines.append(f"{weight:<8g}{''.join(f'{text:>9}' for text in texts)}".rstrip())
-    return "\n".join([*lines, "* best"]), trials.index
+    return "\n".join([*lines, "* best"])
 
 
 def listing(frame: pd.DataFrame, most: int = 10) -> str:

@@ -146,11 +146,11 @@ def test_a_search_without_results_and_a_dice_that_is_no_number(tmp_path):
 
 
 def test_searches_that_share_a_folder_do_not_mix(tmp_path):
-    names = ("layers", "lambdas", "free", "mine", "theta lambdas")
+    names = ("layers", "lambdas", "free", "mine", "theta lambdas", "table2", "")
     trials = search(tmp_path, [trial("v3", "5", 0.5, search=name) for name in names])
     for table, expected in (
         ("lambdas", {"lambdas", "mine", "theta lambdas"}),
-        ("table 2", {"layers", "mine", "theta lambdas"}),
+        ("table 2", {"layers", "mine", "theta lambdas", "table2"}),
     ):
         [(about, part)] = plots.comparable(trials, table)
         assert set(part["search"]) == expected and about == ""
@@ -317,6 +317,39 @@ def test_a_cell_with_fewer_seeds_counts_and_is_told(tmp_path):
     assert figure.axes[0].images[0].get_array()[4, 4] == pytest.approx(54)  # seed 0 alone, 55 - 1
 
 
+def test_a_part_of_another_is_no_group(tmp_path):
+    """The second trial's λ_class parts it from the third, which reads no σ of the noise."""
+    rows = [
+        trial("v1", "5", 0.6, phi="noise", noise_sigma=0.3),
+        trial("v3", "5", 0.5, phi="noise", noise_sigma=0.5, lambda_cls=1e-1),
+        trial("v3", "5", 0.4, phi="none", lambda_cls=1e-5),
+    ]
+    parts = [part for _, part in plots.comparable(search(tmp_path, rows), "table 2")]
+    assert [list(part["trial"]) for part in parts] == [["t0", "t2"], ["t1"]]
+
+
+def test_brain_tumour_versions_share_a_figure_with_the_weights_that_are_their_own(tmp_path):
+    rows = [
+        trial(version, layers, None, kind="mri", phi="none", test_dice_whole=0.5, lambda_seg=weight)
+        for version, weight in (("v1", 1 / 3), ("v2", 1 / 3), ("v2-rec", 0.5))
+        for layers in ("3", "5")
+    ]
+    [(about, part)] = plots.comparable(search(tmp_path, rows), "table 2")
+    assert about == "" and len(part) == 6
+    rows[0]["lambda_seg"] = 0.1
+    assert len(plots.comparable(search(tmp_path, rows), "table 2")) == 3
+
+
+def test_figures_are_grouped_by_the_trials_that_they_draw(tmp_path):
+    """Neither v3_ct_only nor what v3 alone reads parts the figure of v4."""
+    rows = [trial("v4", s, 0.5, phi="none", theta=t) for s in ("3", "5") for t in ("0.1", "0.2")]
+    rows += [trial(dice=0.6, shuffle_count=n) for n in (1, 30)]
+    rows += [trial("v3_ct_only", dice=0.6, modality="ct")]
+    plots.draw_search(write_search(tmp_path / "search", rows), tmp_path / "out")
+    found = {path.stem for path in (tmp_path / "out").iterdir()}
+    assert found == {"fig5_shared-shuffle_count_1", "fig5_shared-shuffle_count_30", "fig6_theta"}
+
+
 def test_each_setting_has_its_own_figure(tmp_path, capsys):
     rows = [trial("v1", s, d, lr=lr, seed=k) for s, d, lr, k in (
         ("5", 0.60, 1e-3, 0), ("5", 0.64, 1e-3, 1), ("5", 0.65, 1e-2, 0), ("5", 0.55, 1e-2, 1),
@@ -344,7 +377,7 @@ def test_the_command_writes_what_the_search_compares(tmp_path, capsys):
     folder = write_search(tmp_path / "search", table_2())
     plots.run_command([str(folder)])
     names = ["fig4_phi", "fig5_shared", "fig6_theta"]
-    found = {p.name for p in (folder / "figures").iterdir()}
+    found = {p.name for p in (folder / "figures").iterdir()}  # and no trial's folder is needed
     assert found == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     for name in names:
         picture = matplotlib.image.imread(folder / "figures" / f"{name}.png")
@@ -363,7 +396,7 @@ def test_no_text_of_a_figure_is_cut_off_or_too_small(tmp_path):
     trials = search(tmp_path, rows[1:])
     grid = search(tmp_path, lambda_rows()[:-1])
     about = "batch_size 8, weight_decay 1, lr 0.0001, schedule poly, clip 1"  # two lines with it
-    for table, draw in plots.SEARCH_FIGURES.values():
+    for table, _, draw in plots.SEARCH_FIGURES.values():
         figure, _ = draw(grid if table == "lambdas" else trials, about)
         figure.draw_without_rendering()
         extent, (width, height) = figure.get_tightbbox(), figure.get_size_inches()

@@ -144,7 +144,9 @@ def make_trial(
     root, name, search="table2", status="done", dice=0.5, rows=None, studies="s", **changes
 ):
     """A trial's folder as a search leaves it."""
-    config = train.resolve(replace(train.Config(), epochs=4, val_every=1, **changes), "petct", True)
+    kind = changes.pop("kind", "petct")
+    options = {"epochs": 4, "val_every": 1} | changes
+    config = train.resolve(replace(train.Config(), **options), kind, kind == "petct")
     run = root / name
     run.mkdir(parents=True)
     record = {"searches": search.split(), "config": train.plain(config), "studies": studies}
@@ -158,8 +160,14 @@ def make_trial(
              for i, v in enumerate(rows)],
         )  # fmt: skip
     if status == "done":
-        metrics = {"dice": {"mean": dice, "n": 3}, "fpv_ml": {"mean": 2.5, "n": 6}}
-        summary = {"epochs": 4, "val_dice": 0.3, "seconds": 50.0, "gpu_memory_mb": 123.0}
+        whole = "dice" if kind == "petct" else "dice_whole"
+        metrics = {whole: {"mean": dice, "n": 3}, "fpv_ml": {"mean": 2.5, "n": 6}}
+        summary = {
+            "epochs": config.epochs,
+            "val_dice": 0.3,
+            "seconds": 50.0,
+            "gpu_memory_mb": 123.0,
+        }
         write_json(run / "summary.json", summary | {"systems": {"model": metrics}})
     if status == "stopped":
         write_json(run / "stopped.json", {"epoch": 3, "val_dice": 0.3})
@@ -233,6 +241,7 @@ def figures_of(text):
     "changes, said",
     [
         ({"steps": 2}, ["steps default", "steps 2"]),
+        ({"epochs": 8}, ["epochs 4", "epochs 8"]),
         ({"studies": "t"}, ["studies s", "studies t"]),
         ({"fold": 1, "studies": "t"}, ["fold 0, studies s", "fold 1, studies t"]),
         ({"version": "v3", "lr": 0.1}, ["lr 0.001", "lr 0.1"]),  # of another version too
@@ -257,6 +266,36 @@ def test_validation_dice_is_no_test_dice(tmp_path):
     make_trial(tmp_path, "g", version="v1", phi="noise", dice=None)  # no lesion in its test part
     text = tune.report(tmp_path)
     assert "test Dice" not in text and "90" not in text and "Table 2" not in text
+
+
+def test_brain_tumours_stand_beside_the_tables_of_pet_ct(tmp_path):
+    make_trial(tmp_path, "a", version="v1", phi="none", kind="mri", dice=0.7)
+    make_trial(tmp_path, "b", version="v1", phi="none", dice=0.6)
+    trials = plots.read_trials(search_of(tmp_path)).set_index("trial")
+    assert trials["dice"].to_dict() == {"a": 70, "b": 60}
+    table, listed = tune.report(tmp_path).split("Table 2")[1].split("In none of")
+    assert figures_of(table) == ["60.00"] and "70" in listed and "; 1 seed\n" in table
+
+
+def search_of(folder):
+    tune.refresh(folder)
+    return folder / "results.csv"
+
+
+def test_what_a_writer_of_the_folder_says_is_reported(tmp_path):
+    make_trial(tmp_path, "a", version="v1", phi="noise", dice=0.6)
+    search_of(tmp_path)
+    make_trial(tmp_path, "b", version="v1", phi="none", dice=0.5)
+    before = (tmp_path / "results.csv").read_bytes()
+    with train.only_writer(tmp_path):
+        tune.Results(tmp_path).write(running={"a"})  # an ended one is not running
+        assert (tmp_path / "results.csv").read_bytes() != before
+    figures = tmp_path / "figures"
+    make_trial(tmp_path, "c", version="v1", phi="shuffle", dice=0.4)
+    plots.draw_search(tmp_path, figures)  # reads the folders too
+    assert (figures / "fig4_phi.png").exists()
+    trials = plots.read_trials(tmp_path / "results.csv")
+    assert trials["status"].tolist() == ["done"] * 3
 
 
 def test_every_finished_trial_is_shown(tmp_path):
@@ -285,6 +324,10 @@ def test_the_report_of_lambdas_and_of_free(tmp_path):
     text = tune.report(tmp_path)
     rows = [line.split() for line in text.splitlines()]
     assert ["0.1", "31.00"] in rows and ["1e-05", "42.00*"] in rows
+    make_trial(tmp_path, "l2", "lambdas", version="v3", phi="shuffle", lambda_rec=1e-1,
+               lambda_cls=1e-1, dice=0.25)  # fmt: skip
+    rows = [line.split() for line in tune.report(tmp_path).splitlines()]
+    assert ["0.1", "0.01"] in rows and ["0.1", "25.00", "31.00"] in rows
     listed = text[text.index("--search free") :]
     assert re.search(r"v2\s+1 8.*stopped", listed) and re.search(r"v4\s+5.*learn.*done", listed)
     assert listed.index("v2") < listed.index("v4")
@@ -332,8 +375,20 @@ def test_trials_outside_the_papers_tables_are_listed_and_do_not_mix(tmp_path):
 
 BAD = {
     "trial.json": (b"[]", b"{}", b"", b"garbage"),
-    "summary.json": (b"[]", b"null", b"", b"{}"),
-    "metrics.csv": (b"", b"garbage", b"\xff\xfe", b"epoch,val_dice\n1,0.5\n"),
+    "summary.json": (
+        b"[]",
+        b"null",
+        b"",
+        b"{}",
+        b'{"epochs": 4, "systems": {"model": {"dice": {"mean": "x"}}}}',
+    ),
+    "metrics.csv": (
+        b"",
+        b"garbage",
+        b"\xff\xfe",
+        b"epoch,val_dice\n1,0.5\n",
+        b"epoch,val_dice,seconds,val_seconds\n1,high,1,1\n",
+    ),
     "stopped.json": (b"{}", b"[]", b""),
     "failed.txt": (b"", b"\n \n", b"\xff"),
 }
@@ -351,7 +406,7 @@ def test_a_finished_trial_keeps_its_results_whatever_happens_to_its_metrics(tmp_
     "content",
     [b"", b"[]", b"{}", b'{"searches": ["layers"], "config": {}}', b'{"searches": null}',
      b'{"searches": "layers", "config": {}}', b'{"searches": [1], "config": {}}',
-     b'{"searches": [], "config": {}}'],
+     b'{"searches": [], "config": {}}', b'{"searches": ["layers"], "config": {"lr": "high"}}'],
 )  # fmt: skip
 def test_the_same_command_writes_a_damaged_trial_json_again(content, tmp_path):
     run, config = make_trial(tmp_path, "t", "layers", version="v1", phi="noise", dice=0.6)
@@ -360,6 +415,9 @@ def test_the_same_command_writes_a_damaged_trial_json_again(content, tmp_path):
     assert "failed: t: damaged folder: trial.json" in tune.report(tmp_path)
     tune.announce(tune.Trial("t", replace(config, out=str(run), workers=9), "s"), "layers")
     assert tune.row_of(run)["test_dice"] == 0.6 and tune.row_of(run)["search"] == "layers"
+    tune.announce(tune.Trial("t", replace(config, out=str(run)), "t"), "theta")
+    assert tune.row_of(run)["studies"] == "t"  # other studies: only the searches are kept
+    assert tune.row_of(run)["search"] == "layers theta"
     (run / "trial.json").write_bytes(whole)  # a whole one stays, with what its training had
     tune.announce(tune.Trial("t", replace(config, out=str(run), workers=9), "s"), "layers")
     assert (run / "trial.json").read_bytes() == whole
@@ -503,11 +561,13 @@ def test_a_restart_replays_ended_trials_into_the_scheduler_and_stopped_ones_say_
         ("good", "done", [0.5, 0.6, 0.7]),
         ("fair", "stopped", [0.4]),
         ("bad", "stopped", [0.1]),
+        ("hurt", "done", None),
         ("new", "waiting", None),
         ("late", "waiting", None),
     ):
         run, config = make_trial(tmp_path, name, "free", status, rows=rows, version="v2")
         trials.append(tune.Trial(name, replace(config, out=str(run))))
+    (tmp_path / "hurt" / "metrics.csv").write_bytes(b"garbage")  # done nevertheless
     scheduler = tune.halving(trials)
     (bracket,) = scheduler._brackets
     assert sorted(bracket._rungs[-1][1].values()) == [0.1, 0.4, 0.5]
@@ -562,6 +622,21 @@ def test_time_left_counts_the_epochs_of_this_launch(tmp_path, monkeypatch, capsy
     assert table.left() == str(tune.timedelta(seconds=10 * (5 + 100)))
     words = capsys.readouterr().out.split()
     assert words[:9] == ["0:00:50", "0/3", "0", "1", "1", "1", "0:17:30", "bad,", "failed:"]
+
+
+def test_a_reason_is_one_line():
+    assert tune.reason_of(ValueError("bad\nmore")) == "bad"
+    assert tune.reason_of(KeyError()) == "KeyError"
+    assert tune.reason_of(OSError("x\nTraceback (most recent call last):\n f\nE: y")) == "E: y"
+    assert tune.reason_of(OSError("\x1b[36mray::probe()\x1b[39m (pid=1)\n f\nE: y")) == "E: y"
+
+
+def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
+    run, config = make_trial(tmp_path, "t", status="waiting", version="v2")
+    trial = tune.Trial("t", replace(config, out=str(run)))
+    table = tune.Table([trial], tune.Results(tmp_path))
+    monkeypatch.setattr(tune.Results, "write", lambda *args: os.listdir(tmp_path / "nowhere"))
+    table.started("t")
 
 
 def test_a_trial_whose_process_or_folder_is_gone_does_not_stop_the_others(tmp_path, capsys):
@@ -702,6 +777,7 @@ def test_a_free_search_goes_on_from_its_ended_trials_and_stops_the_worse_one(coh
     given["cache"] = str(cohort / "cache")
     good, bad = tune.plan(args, given)
     assert good.name.startswith("free-v1-L5-rec")  # no grid takes a stopped trial for its own
+    assert re.fullmatch("[0-9a-f]{8}", good.studies)
     good.run.mkdir(parents=True)
     write_json(good.run / "trial.json", {"searches": ["free"], "config": train.plain(good.config)})
     write_json(good.run / "summary.json", {"epochs": 2, "systems": {"model": {}}})
