@@ -71,6 +71,12 @@ def write_nifti(path, array, affine, image=nib.Nifti1Image):
     return path
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "system_runs" in item.fixturenames:  # a training of each compared system
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def tcia(tmp_path):
     """tcia(4) writes four AutoPET studies, one a patient, every other healthy; their folder."""

@@ -84,6 +84,7 @@ def test_rows_that_read_studies(studies, capsys, tmp_path):
         assert row["patches_per_s"] == pytest.approx(6 / row["median"])
 
 
+@pytest.mark.slow
 def test_training_beside_the_step_alone(studies, capsys, tmp_path):
     options = (
         "train --patch 16 --batch-size 2 --steps 2 --epochs 2 --workers 1 --threads 1 --spacing 12"
@@ -100,6 +101,7 @@ def test_training_beside_the_step_alone(studies, capsys, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_gpu_rows_go_on_after_one_that_fails(monkeypatch, tmp_path, capfd):
     good = "loss --device cpu --patch 16 --batch-size 1 --repeat 1"
     monkeypatch.setattr(bench, "GPU", ("loss --device cpu --patch 7", good))

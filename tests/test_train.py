@@ -616,6 +616,7 @@ def start():
         ("in the test", 2),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(
     base, finished, start, tmp_path, no_figures, moment, epochs_kept
 ):
@@ -692,6 +693,7 @@ def rank_of_a_run(config):
     Path(f"{config.out}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(base, cases, tmp_path):
     """Ten steps under torchrun: one set of weights, the same crops in total, one writer."""
     run = tmp_path / "run"
@@ -749,6 +751,7 @@ def test_a_start_that_made_no_checkpoint_leaves_no_splits(base, tmp_path, monkey
     assert json.loads((run / "splits.json").read_text()) != first
 
 
+@pytest.mark.slow
 def test_killed_with_workers_it_can_go_on_at_once(base, cases, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), "--resume", "--out", str(run)]

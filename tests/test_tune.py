@@ -698,6 +698,7 @@ def holders(run):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds processes in /proc")
+@pytest.mark.slow
 def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(cohort):
     """Two trials, one at a time: kill -9 of the first one's process, which Ray starts again; kill
     -9 of the driver with one trial done and one running; started again at once, while that one's
@@ -768,6 +769,7 @@ def test_a_trial_that_cannot_train_says_why_and_ends_quietly(tmp_path, monkeypat
     assert state(run, 4) == ("failed", f"[Errno 2] No such file or directory: '{tmp_path}/gone'")
 
 
+@pytest.mark.slow
 def test_a_free_search_goes_on_from_its_ended_trials_and_stops_the_worse_one(cohort):
     """The first of two samples is there already, better than any; the second must be stopped."""
     out = cohort / "free"
