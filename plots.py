@@ -727,7 +727,7 @@ def draw_search(search: Path, out: Path) -> None:
     for name, (table, versions, draw) in SEARCH_FIGURES.items():
         groups = comparable(trials[trials["version"].isin(versions)], table)
         if not groups:
-            reasons[name] = f"no trial of {' '.join(versions)}"
+            reasons[name] = "the search has no trials for it"
         for i, (about, part) in enumerate(groups, 1):
             try:
                 figure, said = draw(part, about)
