@@ -380,7 +380,7 @@ BAD = {
         b"null",
         b"",
         b"{}",
-        b'{"epochs": 4, "systems": {"model": {"dice": {"mean": "x"}}}}',
+        b'{"epochs": 4, "systems": {"model": {"dice": {"mean": 0.5}, "fpv_ml": {"mean": "x"}}}}',
     ),
     "metrics.csv": (
         b"",
@@ -431,7 +431,7 @@ def test_a_damaged_file_of_one_trial_ends_neither_search_nor_report(name, tmp_pa
         (run / name).write_bytes(content)
         assert tune.look(run, 4)["status"] == "failed" or name == "trial.json"
         text = tune.report(tmp_path)
-        assert "60.00** (62.34)" in text and "failed: bad: " in text
+        assert "60.00** (62.34)" in text and "failed: bad: " in text and "50.00" not in text
 
 
 def test_report_needs_no_ray(tmp_path):
