@@ -528,8 +528,12 @@ def told(table: pd.DataFrame, seeds: str, about: str) -> str:
 
 def table_2(trials: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Table 2: rows (version, Φ or, for v4, θ), columns the sets L; as dice_table."""
-    method = trials["theta"].where(trials["version"] == "v4", trials["phi"])
-    return dice_table(trials.assign(method=method), ["version", "method"], "shared")
+    return dice_table(trials.assign(method=methods(trials)), ["version", "method"], "shared")
+
+
+def methods(trials: pd.DataFrame) -> pd.Series:
+    """The method of each trial in Table 2: Φ or, for v4, θ."""
+    return trials["theta"].where(trials["version"] == "v4", trials["phi"])
 
 
 def set_order(layers: str) -> tuple:

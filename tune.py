@@ -696,13 +696,10 @@ def announce(trial: Trial, search: str) -> None:
     record = {"searches": [], "config": plain(trial.config), "studies": trial.studies}
     with contextlib.suppress(UserError, TypeError):  # none yet, or damaged
         found = read_record(trial.run)
-        same = fixed(as_config(found["config"])) == fixed(trial.config)
-        if same:
-            record = (
-                found
-                if found["studies"] == trial.studies
-                else record | {"searches": found["searches"]}
-            )
+        if fixed(as_config(found["config"])) == fixed(trial.config):
+            record["searches"] = found["searches"]
+            if found["studies"] == trial.studies:
+                record = found  # with the places that it was trained from
     if search not in record["searches"]:
         write_json(trial.run / "trial.json", record | {"searches": [*record["searches"], search]})
 
@@ -828,7 +825,7 @@ def report(folder: Path) -> str:
 
 def in_table2(trials: pd.DataFrame) -> np.ndarray:
     """Which trials stand in Table 2: those of its rows and sets L, of PET/CT."""
-    rows = trials["theta"].where(trials["version"] == "v4", trials["phi"])
+    rows = plots.methods(trials)
     keys = zip(trials["version"], rows, trials["shared"], trials["kind"], strict=True)
     sets = [in_csv(shared) for shared in SHARED]
     known = [(v, row) in PAPER_TABLE2 and s in sets and k == "petct" for v, row, s, k in keys]
