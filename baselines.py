@@ -1,4 +1,4 @@
-"""The systems of Tables 3-5 that Mirror U-Net is compared with, each written out here.
+"""The systems of Tables 3-5 that Mirror U-Net is compared with, each with its own loss.
 
 Every network is called as MirrorUNet is, on ct and pet (B, 1, W, H, D), and returns an Output whose
 `seg` holds the logits of one softmax: background and lesion, or background, edema and core. For MRI
@@ -6,70 +6,61 @@ the CT slot holds FLAIR, the PET slot T1Gd. Networks that fuse early see both as
 
 A docstring says where a system comes from and, under "Choice", what is ours: the papers were
 written for other data, and Sec. 4.2 does not say how they were carried over.
+
+Losses take what those in losses.py take, but have weights of their own: `w` is not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses import loss_andrearczyk, loss_deep, loss_deepmts, loss_seg, loss_sfnet, loss_weninger
+from losses import Terms, dice_ce, reconstruction
 from mirror_unet import (
     CHANNELS,
+    CT,
+    MASKS,
+    PET,
     STRIDE,
-    TASK_CHANNELS,
-    ConvNormAct,
     Down,
+    Network,
     Output,
     Up,
     Variant,
     decode,
     encode,
+    margins,
     share,
     unet_layers,
 )
 
-MASKS = {"petct": "lesion", "mri": "edema+core"}  # the task of `seg`, a key of TASK_CHANNELS
 
+class System(Network):
+    """One softmax decides all classes of the mask. Raises ValueError for an unknown `kind`."""
 
-class System(nn.Module):
-    """What the networks here have in common, and what training and evaluation ask of them."""
-
-    heads: tuple[str, ...] = ("seg",)  # the fields of Output that the network fills
-    stride = STRIDE  # the sides of a patch divide by this
-    least = STRIDE  # and are no smaller than this
-    one_value = STRIDE  # side of a patch that leaves batch norm one voxel; 0 without batch norm
-    theta = None  # Mirror U-Net has one
+    heads = ("seg",)
 
     def __init__(self, kind: str = "petct"):
         super().__init__()
         if kind not in MASKS:
             raise ValueError(f"unknown kind of data {kind!r}: choose from {', '.join(MASKS)}")
-        # Both branches of this variant have the task of `seg`: one softmax decides all classes.
-        self.variant = Variant(MASKS[kind], MASKS[kind], tumor="tumor" in self.heads)
-        self.classes = TASK_CHANNELS[MASKS[kind]]
+        self.variant = Variant(pet=MASKS[kind], tumor="tumor" in self.heads)
+        self.classes = MASKS[kind].channels  # with the background
 
-    def shared_parameters(self) -> list[nn.Parameter]:
-        """Parameters that two branches share; none unless the network has two."""
-        return []
 
-    def step_options(self, number: int) -> dict:
-        """What a training step passes to forward; number: random, the same on all devices."""
-        return {}
+def loss_seg(out: Output, batch: dict, w) -> Terms:
+    """L_DiceCE of the mask alone; for Valindria et al. of the one branch that the step ran."""
+    return {"seg": dice_ce(batch["mask"], out.seg)}
 
-    def wanted(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None) -> set[str]:
-        """The fields to compute: `heads`, or all. Raises ValueError for patches that do not fit."""
-        if ct.shape != pet.shape or any(n % self.stride or n < self.least for n in ct.shape[2:]):
-            least = f" and are at least {self.least}" if self.least > self.stride else ""
-            raise ValueError(
-                f"CT {tuple(ct.shape)} and PET {tuple(pet.shape)}: give both the same shape, "
-                f"(B, 1, W, H, D) with sides that divide by {self.stride}{least}"
-            )
-        return set(self.heads if heads is None else heads)
+
+def presence(out: Output, batch: dict) -> Tensor:
+    """L_BCE of the tumour logit: is there a lesion?"""
+    return F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
 
 
 def he_init(net: nn.Module, slope: float = 0.0, uniform: bool = False) -> None:
@@ -79,6 +70,15 @@ def he_init(net: nn.Module, slope: float = 0.0, uniform: bool = False) -> None:
         if isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
             draw(layer.weight, a=slope)
             nn.init.zeros_(layer.bias)
+
+
+def outputs(stages: nn.ModuleList, x: Tensor, halve: Callable | None = None) -> list[Tensor]:
+    """What each stage puts out, given what the one before did; `halve` pools in between."""
+    maps = []
+    for stage in stages:
+        x = stage(halve(x, 2) if halve and maps else x)
+        maps.append(x)
+    return maps
 
 
 # ------------------------------------------------------------------ Table 3
@@ -130,17 +130,38 @@ class MiddleFusion(System):
         return Output(x)
 
 
-# ------------------------------------------------------------------ Table 4, segmentation only
+class LateFusion(Network):
+    """Two trained networks as one (LF of Table 3); mirror_unet.decide joins their masks.
+
+    Source: Table 3, a CT-only and a PET-only network.
+    Choice: "logits" is the mean of both networks' margins, which has the mask of their sum.
+    mode: one of LATE_FUSIONS. `seg` is (B, 1 + 2K, W, H, D): zeros, then the margins of both.
+    """
+
+    heads = ("seg",)
+
+    def __init__(self, ct: Network, pet: Network, mode: str):
+        super().__init__()
+        self.ct, self.pet = ct, pet
+        self.variant = replace(pet.variant, join=mode)
+
+    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
+        self.wanted(ct, pet, heads)
+        # In float32: bf16 margins would round what the networks say when run for themselves.
+        segs = [net(ct, pet, heads=("seg",)).seg.float() for net in (self.ct, self.pet)]
+        found = torch.cat([margins(seg) for seg in segs], dim=1)
+        return Output(torch.cat([torch.zeros_like(found[:, :1]), found], dim=1))
 
 
-def double_conv(cin: int, cout: int, stride: int = 1) -> nn.Sequential:
+# ------------------------------------------------------------------ nnU-Net and Blackbean
+
+
+def double_conv(cin: int, cout: int, stride: int = 1, affine=True, slope=0.01) -> nn.Sequential:
     """A stage of nnU-Net: twice 3^3 convolution, instance norm, leaky ReLU; the first strided."""
-
-    def single(cin: int, stride: int) -> list[nn.Module]:
-        conv = nn.Conv3d(cin, cout, 3, stride, 1)
-        return [conv, nn.InstanceNorm3d(cout, affine=True), nn.LeakyReLU(0.01, inplace=True)]
-
-    return nn.Sequential(*single(cin, stride), *single(cout, 1))
+    layers = []
+    for conv in (nn.Conv3d(cin, cout, 3, stride, 1), nn.Conv3d(cout, cout, 3, 1, 1)):
+        layers += [conv, nn.InstanceNorm3d(cout, affine=affine), nn.LeakyReLU(slope, inplace=True)]
+    return nn.Sequential(*layers)
 
 
 class PlainUNet(System):
@@ -150,13 +171,12 @@ class PlainUNet(System):
     """
 
     heads = ("seg", "extra")
-    one_value = 0
 
     def __init__(self, kind: str, widths: tuple[int, ...]):
         super().__init__(kind)
         self.stride = 2 ** (len(widths) - 1)
         self.least = 2 * self.stride  # instance norm needs more than one voxel at the bottom
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         first = double_conv(2, widths[0])
         self.down = nn.ModuleList([first, *(double_conv(a, b, stride=2) for a, b in pairs)])
         pairs.reverse()
@@ -167,17 +187,15 @@ class PlainUNet(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         want = self.wanted(ct, pet, heads)
-        x, maps, deep = torch.cat([ct, pet], dim=1), [], []
-        for stage in self.down:
-            x = stage(x)
-            maps.append(x)
-        levels = zip(self.up, self.decoder, self.logits, reversed(maps[:-1]), strict=True)
-        for up, stage, logits, skip in levels:
+        *skips, x = outputs(self.down, torch.cat([ct, pet], dim=1))
+        maps = []
+        for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             x = stage(torch.cat([up(x), skip], dim=1))
-            if "extra" in want and logits is not self.logits[-1]:
-                deep.append(logits(x))
-        extra = {"deep": tuple(reversed(deep))} if "extra" in want else None
-        return Output(self.logits[-1](x), extra=extra)
+            maps.append(x)
+        if "extra" not in want:
+            return Output(self.logits[-1](x))
+        *deep, seg = (logits(x) for logits, x in zip(self.logits, maps, strict=True))
+        return Output(seg, extra={"deep": deep[::-1]})  # logits at 1/2, 1/4, ... of the size
 
 
 def stages_of(patch: tuple[int, ...]) -> int:
@@ -216,33 +234,24 @@ class Blackbean(PlainUNet):
         super().__init__(kind, (32, 64, 128, 256, 512))
 
 
-class BlackbeanReleased(System):
-    """Blackbean as Mirror U-Net's released code has it: one convolution per layer, no shortcut.
+def deep_weights(outputs: int) -> list[float]:
+    """Weights of deep supervision, full size first: powers of 1/2, the last 0, with sum 1."""
+    halves = [0.5**i for i in range(outputs - 1)]
+    return [half / sum(halves) for half in halves] + [0.0] if halves else [1.0]
 
-    Source: the released code, MONAI's `UNet` with 32-64-128-256-512 channels, no residual units,
-    instance norm without weights, PReLU; no deep supervision.
+
+def loss_deep(out: Output, batch: dict, w) -> Terms:
+    """L_DiceCE at every size with the weights of nnU-Net (4/7, 2/7, 1/7, 0 for four).
+
+    The mask is brought to a size by the nearest voxel. The term of weight 0 is there so that its
+    logits have a gradient, which data-parallel training asks for.
     """
-
-    least = 2 * STRIDE  # instance norm needs more than one voxel at the bottom
-    one_value = 0
-
-    def __init__(self, kind: str = "petct"):
-        super().__init__(kind)
-        c1, c2, c3, c4, c5 = (32, 64, 128, 256, 512)
-
-        def layer(cin: int, cout: int, stride: int = 2, up: bool = False) -> nn.Sequential:
-            conv, _, act = ConvNormAct(cin, cout, stride=stride, up=up)
-            return nn.Sequential(conv, nn.InstanceNorm3d(cout), act)
-
-        down = [layer(2, c1), layer(c1, c2), layer(c2, c3), layer(c3, c4), layer(c4, c5, stride=1)]
-        up = [layer(c4 + c5, c3, up=True), layer(2 * c3, c2, up=True), layer(2 * c2, c1, up=True)]
-        output = nn.ConvTranspose3d(2 * c1, self.classes, 3, 2, 1, output_padding=1)
-        self.layers = nn.ModuleList([*down, *up, output])
-
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        self.wanted(ct, pet, heads)
-        maps = encode(self.layers, torch.cat([ct, pet], dim=1))
-        return Output(decode(self.layers, maps, maps[-1]))
+    sizes = (out.seg, *out.extra["deep"])
+    mask, total = batch["mask"][:, None].float(), 0
+    for weight, logits in zip(deep_weights(len(sizes)), sizes, strict=True):
+        y = F.interpolate(mask, logits.shape[2:], mode="nearest-exact")[:, 0]
+        total = total + weight * dice_ce(y, logits)
+    return {"seg": total}
 
 
 # ------------------------------------------------------------------ SegResNet and SF-Net
@@ -263,27 +272,16 @@ class PreActivation(nn.Module):
         return self.convs(x) + x
 
 
-class ResEncoder(nn.Module):
+def res_encoder(cin: int, width: int, bias: bool) -> nn.ModuleList:
     """1, 2, 2, 4 blocks at 1, 2, 4, 8 times `width`, each level at half the size of the last."""
-
-    def __init__(self, cin: int, width: int, bias: bool):
-        super().__init__()
-        self.levels = nn.ModuleList()
-        for i, blocks in enumerate((1, 2, 2, 4)):
-            cout = width * 2**i
-            conv = nn.Conv3d(cin, cout, 3, 2 if i else 1, 1, bias=False)
-            start = [conv] if i else [conv, nn.Dropout3d(0.2)]
-            self.levels.append(
-                nn.Sequential(*start, *(PreActivation(cout, bias) for _ in range(blocks)))
-            )
-            cin = cout
-
-    def forward(self, x: Tensor) -> list[Tensor]:  # maps at W, W/2, W/4, W/8
-        maps = []
-        for level in self.levels:
-            x = level(x)
-            maps.append(x)
-        return maps
+    levels = nn.ModuleList()
+    for i, blocks in enumerate((1, 2, 2, 4)):
+        cout = width * 2**i
+        conv = nn.Conv3d(cin, cout, 3, 2 if i else 1, 1, bias=False)
+        start = [conv] if i else [conv, nn.Dropout3d(0.2)]
+        levels.append(nn.Sequential(*start, *(PreActivation(cout, bias) for _ in range(blocks))))
+        cin = cout
+    return levels
 
 
 class ResDecoder(nn.Module):
@@ -291,16 +289,14 @@ class ResDecoder(nn.Module):
 
     def __init__(self, width: int, bias: bool, align_corners: bool):
         super().__init__()
-        self.align_corners = align_corners
+        self.grow = nn.Upsample(None, 2, "trilinear", align_corners)
         widths = [4 * width, 2 * width, width]
         self.narrow = nn.ModuleList(nn.Conv3d(2 * w, w, 1, bias=bias) for w in widths)
         self.blocks = nn.ModuleList(PreActivation(w, bias) for w in widths)
 
     def forward(self, x: Tensor, skips: list[Tensor] | None = None) -> Tensor:
         for i, (narrow, block) in enumerate(zip(self.narrow, self.blocks, strict=True)):
-            x = F.interpolate(
-                narrow(x), scale_factor=2, mode="trilinear", align_corners=self.align_corners
-            )
+            x = self.grow(narrow(x))
             x = block(x if skips is None else x + skips[-1 - i])
         return x
 
@@ -314,11 +310,9 @@ class SegResNet(System):
     modalities and three sigmoids.
     """
 
-    one_value = 0
-
     def __init__(self, kind: str = "mri", filters: int = 16):
         super().__init__(kind)
-        self.encoder = ResEncoder(2, filters, bias=False)
+        self.encoder = res_encoder(2, filters, bias=False)
         self.decoder = ResDecoder(filters, bias=False, align_corners=False)
         self.logits = nn.Sequential(
             nn.GroupNorm(8, filters), nn.ReLU(inplace=True), nn.Conv3d(filters, self.classes, 1)
@@ -326,7 +320,7 @@ class SegResNet(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         self.wanted(ct, pet, heads)
-        *skips, x = self.encoder(torch.cat([ct, pet], dim=1))
+        *skips, x = outputs(self.encoder, torch.cat([ct, pet], dim=1))
         return Output(self.logits(self.decoder(x, skips)))
 
 
@@ -340,11 +334,10 @@ class SFNet(System):
     """
 
     heads = ("seg", "extra")
-    one_value = 0
 
     def __init__(self, kind: str = "petct", filters: int = 16):
         super().__init__(kind)
-        self.encoder = ResEncoder(2, filters, bias=True)
+        self.encoder = res_encoder(2, filters, bias=True)
         self.decoder = ResDecoder(filters, bias=True, align_corners=True)
         self.logits = nn.Conv3d(filters, self.classes, 1)
         self.fusion_decoder = ResDecoder(filters, bias=True, align_corners=True)
@@ -353,12 +346,49 @@ class SFNet(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         want = self.wanted(ct, pet, heads)
-        *skips, x = self.encoder(torch.cat([ct, pet], dim=1))
+        *skips, x = outputs(self.encoder, torch.cat([ct, pet], dim=1))
         seg = self.logits(self.decoder(x, skips)) if "seg" in want else None
         extra = None
         if "extra" in want:
             extra = {"weight": self.weight(self.fusion_decoder(x)).sigmoid(), "s": self.s}
         return Output(seg, extra=extra)
+
+
+def ssim(x: Tensor, y: Tensor, span: float = 1.0, size: int = 11, sigma: float = 1.5) -> Tensor:
+    """Mean structural similarity of x and y (B, 1, W, H, D) with values in a range of `span`.
+
+    Means, variances and covariance are those under a Gaussian window of size^3, only where it lies
+    inside (sides of at least `size`). Raises ValueError for smaller patches.
+    """
+    if min(x.shape[2:]) < size:
+        raise ValueError(f"SSIM of {tuple(x.shape)}: every side must be at least {size}")
+    x, y = x.float(), y.float()
+    t = torch.arange(size, dtype=torch.float64) - size // 2
+    window = torch.exp(-t.square() / (2 * sigma**2))
+    window = (window / window.sum()).tolist()
+    moments = torch.cat([x, y, x * x, y * y, x * y])
+    for axis in (2, 3, 4):
+        # Sums, not convolutions: a GPU may run those in TF32, too coarse for E[x^2] - E[x]^2.
+        inside = moments.shape[axis] - size + 1
+        moments = sum(g * moments.narrow(axis, i, inside) for i, g in enumerate(window))
+    mx, my, xx, yy, xy = moments.chunk(5)
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+    return (luminance * structure).mean()
+
+
+def loss_sfnet(out: Output, batch: dict, w) -> Terms:
+    """L_DiceCE + e^-s L_fusion + s with the learned s, A = CT and B = PET, where
+
+    L_fusion = 2 MSE(f, B) + MSE(f, A) + 2 (1 - SSIM(f, A)) + (1 - SSIM(f, B)).
+    """
+    a, b, s = batch["ct"].float(), batch["pet"].float(), out.extra["s"]
+    weight = out.extra["weight"].float()
+    f = weight * b + (1 - weight) * a
+    intensity = 2 * F.mse_loss(f, b) + F.mse_loss(f, a)
+    structure = 2 * (1 - ssim(f, a)) + (1 - ssim(f, b))
+    return loss_seg(out, batch, w) | {"fusion": torch.exp(-s) * (intensity + structure) + s}
 
 
 # ------------------------------------------------------------------ Andrearczyk et al.
@@ -394,13 +424,13 @@ class Andrearczyk(System):
     def __init__(self, kind: str = "petct"):
         super().__init__(kind)
         widths = (8, 16, 32, 64, 128)
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         first = nn.Sequential(Projected(2, 8, kernel=7), Projected(8, 8))
         deeper = [nn.Sequential(Projected(a, b), Projected(b, b)) for a, b in pairs]
         self.down = nn.ModuleList([first, *deeper])
         pairs.reverse()
-        up = [nn.ConvTranspose3d(b, a, 3, 2, 1, output_padding=1) for a, b in pairs]
-        self.up = nn.ModuleList(up)
+        ups = [nn.ConvTranspose3d(b, a, 3, 2, 1, output_padding=1) for a, b in pairs]
+        self.up = nn.ModuleList(ups)
         self.convs = nn.ModuleList(nn.Conv3d(2 * a, a, 3, padding=1) for a, _ in pairs)
         self.full_size = nn.ModuleList(nn.Conv3d(a, 8, 1) for a, _ in pairs[:-1])
         self.logits = nn.Sequential(
@@ -413,16 +443,10 @@ class Andrearczyk(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         want = self.wanted(ct, pet, heads)
-        x, maps = torch.cat([ct, pet], dim=1), []
-        for stage in self.down:
-            x = stage(F.max_pool3d(x, 2) if maps else x)
-            maps.append(x)
-        out = {}
-        if "seg" in want:
-            out["seg"] = self.decode(maps)
-        if "tumor" in want:
-            out["tumor"] = self.classifier(averages(maps))
-        return Output(**out)
+        maps = outputs(self.down, torch.cat([ct, pet], dim=1), F.max_pool3d)
+        seg = self.decode(maps) if "seg" in want else None
+        tumor = self.classifier(averages(maps)) if "tumor" in want else None
+        return Output(seg, tumor=tumor)
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Logits from the maps of the five stages; every decoder stage adds to the last one."""
@@ -438,6 +462,11 @@ class Andrearczyk(System):
 def averages(maps: list[Tensor]) -> Tensor:
     """Averages over the volume of maps (B, C_i, ...), concatenated: (B, sum of C_i)."""
     return torch.cat([x.mean(dim=(2, 3, 4)) for x in maps], dim=1)
+
+
+def loss_andrearczyk(out: Output, batch: dict, w) -> Terms:
+    """L_DiceCE + 0.1 L_BCE; the original's outcome is survival, its weight is not published."""
+    return loss_seg(out, batch, w) | {"cls": 0.1 * presence(out, batch)}
 
 
 # ------------------------------------------------------------------ DeepMTS
@@ -515,17 +544,15 @@ class DeepMTS(System):
 
     heads = ("seg", "tumor")
     least = 2 * STRIDE  # what the DenseNet, unpadded, needs for its last map
-    one_value = 2 * STRIDE
+    bf16_least = 4 * STRIDE  # the DenseNet, unpadded, has maps of 2^3 at 48^3 too
 
     def __init__(self, kind: str = "petct"):
         super().__init__(kind)
         widths = (8, 16, 32, 64, 128)
-        cins = (2, *widths[:-1])
-        stages = zip(cins, widths, (2, 2, 3, 3, 4), strict=True)
-        self.down = nn.ModuleList(Residual(a, b, convs) for a, b, convs in stages)
-        stages = zip(widths[:-1], widths[1:], (2, 2, 3, 3), strict=True)
-        up = [Residual(a + b, a, convs) for a, b, convs in stages]
-        self.up = nn.ModuleList(reversed(up))
+        pairs = list(pairwise((2, *widths)))
+        down = [Residual(a, b, n) for (a, b), n in zip(pairs, (2, 2, 3, 3, 4), strict=True)]
+        up = [Residual(a + b, a, n) for (a, b), n in zip(pairs[1:], (2, 2, 3, 3), strict=True)]
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(reversed(up))
         self.logits = nn.Conv3d(widths[0], self.classes, 1)
         self.narrow = nn.ModuleList(conv_norm_relu(w, w // 2, kernel=1) for w in widths)
         self.dense_net = DenseNet()
@@ -537,11 +564,9 @@ class DeepMTS(System):
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         want = self.wanted(ct, pet, heads)
         images = torch.cat([ct, pet], dim=1)
-        x, maps = images, []
-        for stage in self.down:
-            x = stage(F.max_pool3d(x, 2) if maps else x)
-            maps.append(x)
-        for stage, skip in zip(self.up, reversed(maps[:-1]), strict=True):
+        maps = outputs(self.down, images, F.max_pool3d)
+        *skips, x = maps
+        for stage, skip in zip(self.up, reversed(skips), strict=True):
             x = stage(torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1))
         seg, tumor = self.logits(x), None
         if "tumor" in want:
@@ -553,16 +578,16 @@ class DeepMTS(System):
         return Output(seg if "seg" in want else None, tumor=tumor)
 
 
+def loss_deepmts(out: Output, batch: dict, w) -> Terms:
+    """L_DiceCE + L_BCE, one to one as in the original with its Cox loss."""
+    return loss_seg(out, batch, w) | {"cls": presence(out, batch)}
+
+
 # ------------------------------------------------------------------ Weninger et al.
 
 
-def instance_relu(conv: nn.Module) -> list[nn.Module]:
-    return [conv, nn.InstanceNorm3d(conv.out_channels), nn.ReLU(inplace=True)]
-
-
 def double_relu(cin: int, cout: int) -> nn.Sequential:
-    first, second = nn.Conv3d(cin, cout, 3, padding=1), nn.Conv3d(cout, cout, 3, padding=1)
-    return nn.Sequential(*instance_relu(first), *instance_relu(second))
+    return double_conv(cin, cout, affine=False, slope=0.0)
 
 
 class WeningerDecoder(nn.Module):
@@ -571,11 +596,10 @@ class WeningerDecoder(nn.Module):
     def __init__(self, filters: int, cout: int, skips: bool):
         super().__init__()
         widths = (4 * filters, 2 * filters, filters)
+        ups = [nn.ConvTranspose3d(2 * w, 2 * w, 3, 2, 1, output_padding=1) for w in widths]
         self.up = nn.ModuleList(
-            nn.Sequential(
-                *instance_relu(nn.ConvTranspose3d(2 * w, 2 * w, 3, 2, 1, output_padding=1))
-            )
-            for w in widths
+            nn.Sequential(up, nn.InstanceNorm3d(up.out_channels), nn.ReLU(inplace=True))
+            for up in ups
         )
         self.convs = nn.ModuleList(double_relu(3 * w if skips else 2 * w, w) for w in widths)
         self.output = nn.Conv3d(filters, cout, 1)
@@ -596,14 +620,13 @@ class Weninger(System):
     reads the averages of the bottom (128 ReLU 1) and tells whether there is a lesion.
     """
 
-    heads = ("seg", "ct_rec", "pet_rec", "tumor")
-    one_value = 0
+    heads = ("seg", "ct", "btl", "tumor")
 
     def __init__(self, kind: str = "petct", filters: int = 16):
         super().__init__(kind)
+        self.variant = replace(self.variant, ct=CT, btl=PET)
         widths = (2, filters, 2 * filters, 4 * filters, 8 * filters)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.down = nn.ModuleList(double_relu(a, b) for a, b in pairs)
+        self.down = nn.ModuleList(double_relu(a, b) for a, b in pairwise(widths))
         self.decoder = WeningerDecoder(filters, self.classes, skips=True)
         self.rec_decoder = WeningerDecoder(filters, 2, skips=False)
         self.classifier = nn.Sequential(
@@ -612,22 +635,25 @@ class Weninger(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         want = self.wanted(ct, pet, heads)
-        x, maps = torch.cat([ct, pet], dim=1), []
-        for stage in self.down:
-            x = stage(F.max_pool3d(x, 2) if maps else x)
-            maps.append(x)
+        *skips, x = outputs(self.down, torch.cat([ct, pet], dim=1), F.max_pool3d)
         out = {}
         if "seg" in want:
-            out["seg"] = self.decoder(x, maps[:-1])
-        if want & {"ct_rec", "pet_rec"}:
+            out["seg"] = self.decoder(x, skips)
+        if want & {"ct", "btl"}:
             rec = self.rec_decoder(x)  # (B, 2, W, H, D)
-            out["ct_rec"], out["pet_rec"] = rec[:, :1], rec[:, 1:]
+            out["ct"], out["btl"] = rec[:, :1], rec[:, 1:]
         if "tumor" in want:
             out["tumor"] = self.classifier(averages([x]))
         return Output(**out)
 
 
-# ------------------------------------------------------------------ Valindria et al.
+def loss_weninger(out: Output, batch: dict, w) -> Terms:
+    """L_DiceCE + 0.1 MSE over both images + 0.1 L_BCE (supplement, Sec. 3)."""
+    return loss_seg(out, batch, w) | {
+        "rec_ct": 0.1 * reconstruction(batch["ct"], out.ct, "mse") / 2,
+        "rec_pet": 0.1 * reconstruction(batch["pet"], out.btl, "mse") / 2,
+        "cls": 0.1 * presence(out, batch),
+    }
 
 
 class Valindria(System):
@@ -639,38 +665,30 @@ class Valindria(System):
     norm: "shared" or "private" batch norms in the shared layer, as in MirrorUNet.
     """
 
-    heads = ("seg", "ct_seg", "pet_seg")
-    branches = ("ct", "pet")  # reported beside their mean
+    heads = ("seg", "ct", "pet")
+    branches = ("ct", "pet")
+    alternates = True
 
     def __init__(self, kind: str = "petct", norm: str = "shared"):
         super().__init__(kind)
+        self.variant = replace(self.variant, ct=self.variant.pet)
         pet, ct = unet_layers(), unet_layers()
         ct[4] = share(pet[4], norm == "private")
         width = 2 * CHANNELS[0]
         self.pet = nn.ModuleList([*pet, Up(width, self.classes, bare=True)])
         self.ct = nn.ModuleList([*ct, Up(width, self.classes, bare=True)])
 
-    def shared_parameters(self) -> list[nn.Parameter]:
-        ct = {id(p) for p in self.ct.parameters()}
-        return [p for p in self.pet.parameters() if id(p) in ct]
-
     def step_options(self, number: int) -> dict:
-        return {"branch": ("ct", "pet")[number % 2]}
+        return {"branch": self.branches[number % 2]}
 
-    def forward(
-        self,
-        ct: Tensor,
-        pet: Tensor,
-        heads: tuple[str, ...] | None = None,
-        branch: str | None = None,
-    ) -> Output:
+    def forward(self, ct, pet, heads=None, branch: str | None = None) -> Output:
         """branch: "ct" or "pet" runs that branch only, and its logits are `seg`."""
         want = self.wanted(ct, pet, heads)
         out = {}
         for name, layers, image in (("ct", self.ct, ct), ("pet", self.pet, pet)):
-            if branch in (None, name) and want & {"seg", f"{name}_seg"}:
+            if branch in (None, name) and want & {"seg", name}:
                 maps = encode(layers, image)
-                out[f"{name}_seg"] = decode(layers, maps, maps[-1])
+                out[name] = decode(layers, maps, maps[-1])
         if "seg" in want:
             out["seg"] = sum(out.values()) / len(out)
         return Output(**out)
@@ -681,17 +699,20 @@ class Valindria(System):
 
 @dataclass(frozen=True)
 class Row:
-    """A compared system: how a resolved train.Config builds it, its loss, and its own recipe.
+    """A compared system: how a resolved config.Config builds it, its loss, and its own recipe.
 
     own: options that --recipe own sets, as far as they are known; the matched recipe is that of
-    Mirror U-Net for all.
+    Mirror U-Net for all. reads: options of its network or loss that most systems lack.
     """
 
     build: Callable[[object], System]
     loss: Callable = loss_seg
     own: dict = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
 
 
+SGD = dict(optimizer="sgd", weight_decay=3e-5, schedule="poly", clip=12.0, epochs=1000, steps=250,
+           batch_size=2, lesion_p=1 / 3, overlap=0.5, window_weights="gaussian")  # fmt: skip
 SYSTEMS = {
     # Table 3
     "ct": Row(lambda c: UNet(c.kind, ("ct",))),
@@ -699,90 +720,25 @@ SYSTEMS = {
     "early_fusion": Row(lambda c: UNet(c.kind)),
     "middle_fusion": Row(lambda c: MiddleFusion(c.kind)),
     # Table 4
-    "nnunet": Row(
-        lambda c: NNUNet(c.kind, c.patch),
-        loss_deep,
-        dict(optimizer="sgd", lr=1e-2, weight_decay=3e-5, schedule="poly", clip=12.0, epochs=1000,
-             steps=250, batch_size=2, patch=(128, 128, 128), lesion_p=1 / 3, overlap=0.5,
-             window_weights="gaussian"),
-    ),
-    "blackbean": Row(
-        lambda c: Blackbean(c.kind),
-        loss_deep,
-        dict(optimizer="sgd", lr=1e-4, weight_decay=3e-5, schedule="poly", clip=12.0, epochs=1000,
-             steps=250, batch_size=2, patch=(192, 192, 192), lesion_p=1 / 3, overlap=0.5,
-             window_weights="gaussian"),
-    ),
-    "blackbean_released": Row(
-        lambda c: BlackbeanReleased(c.kind),
-        own=dict(optimizer="sgd", lr=1e-4, weight_decay=1e-3, schedule="poly", epochs=1000,
-                 steps=250, batch_size=1, patch=(192, 192, 192), lesion_p=1 / 2),
-    ),
-    "sfnet": Row(
-        lambda c: SFNet(c.kind),
-        loss_sfnet,
-        dict(lr=1e-4, weight_decay=1e-5, batch_size=2, epochs=200, lr_drop=0),
-    ),
-    "andrearczyk": Row(
-        lambda c: Andrearczyk(c.kind),
-        loss_andrearczyk,
-        dict(lr=1e-3, schedule="cosine", patch=(144, 144, 144)),
-    ),
-    "deepmts": Row(
-        lambda c: DeepMTS(c.kind),
-        loss_deepmts,
-        dict(lr=1e-4, batch_size=8, patch=(128, 128, 128), lr_drop=100),
-    ),
-    "weninger": Row(
-        lambda c: Weninger(c.kind), loss_weninger, dict(lr=5e-3, weight_decay=1e-5, schedule="exp")
-    ),
-    "valindria": Row(lambda c: Valindria(c.kind, c.norm)),
+    "nnunet": Row(lambda c: NNUNet(c.kind, c.patch), loss_deep,
+                  SGD | dict(lr=1e-2, patch=(128, 128, 128))),
+    "blackbean": Row(lambda c: Blackbean(c.kind), loss_deep,
+                     SGD | dict(lr=1e-4, patch=(192, 192, 192))),
+    "sfnet": Row(lambda c: SFNet(c.kind), loss_sfnet,
+                 dict(lr=1e-4, weight_decay=1e-5, batch_size=2, epochs=200, lr_drop=0)),
+    "andrearczyk": Row(lambda c: Andrearczyk(c.kind), loss_andrearczyk,
+                       dict(lr=1e-3, schedule="cosine", patch=(144, 144, 144)), ("class_label",)),
+    "deepmts": Row(lambda c: DeepMTS(c.kind), loss_deepmts,
+                   dict(lr=1e-4, batch_size=8, patch=(128, 128, 128), lr_drop=100),
+                   ("class_label",)),
+    "weninger": Row(lambda c: Weninger(c.kind), loss_weninger,
+                    dict(lr=5e-3, weight_decay=1e-5, schedule="exp"), ("class_label",)),
+    "valindria": Row(lambda c: Valindria(c.kind, c.norm), reads=("norm",)),
     # Table 5
-    "segresnet": Row(
-        lambda c: SegResNet(c.kind),
-        own=dict(lr=1e-4, weight_decay=1e-5, schedule="cosine", epochs=300, batch_size=1,
-                 overlap=0.5),
-    ),
+    "segresnet": Row(lambda c: SegResNet(c.kind),
+                     own=dict(lr=1e-4, weight_decay=1e-5, schedule="cosine", epochs=300,
+                              batch_size=1, overlap=0.5)),
 }  # fmt: skip
-CLASSIFYING = ("andrearczyk", "deepmts", "weninger")  # systems that learn --class-label
 # Mirror U-Net that is given one modality in both places, in training and in evaluation (Table 4).
 ONE_MODALITY = {"v3_ct_only": ("v3", "ct"), "v3_pet_only": ("v3", "pet")}
 LATE_FUSIONS = ("logits", "union", "intersection")  # of a `ct` and a `pet` run, Table 3
-
-# The paper's Tables 3-5, in its order: our name, its name, then Dice, FPV, FNV (Tables 3, 4) or
-# Dice of whole, edema, core (Table 5).
-PAPER_TABLES = {
-    3: (
-        ("ct", "CT", 26.00, 15.64, 44.15),
-        ("pet", "PET", 60.99, 5.38, 2.15),
-        ("early_fusion", "EF", 54.89, 4.98, 3.13),
-        ("middle_fusion", "MF", 55.53, 4.77, 3.02),
-        ("late_fusion_logits", "LF-Logit", 57.41, 4.88, 2.88),
-        ("late_fusion_union", "LF-∪", 59.89, 3.95, 3.01),
-        ("late_fusion_intersection", "LF-∩", 21.60, 1.67, 99.74),
-        ("v1", "Mirror U-Net (v1)", 64.57, 2.93, 1.66),
-        ("v2", "Mirror U-Net (v2)", 65.50, 2.83, 0.94),
-        ("v3", "Mirror U-Net (v3)", 65.91, 1.55, 0.76),
-        ("v4", "Ablation (v4)", 64.24, 2.93, 1.99),
-    ),
-    4: (
-        ("nnunet", "nnUNet", 62.75, 2.83, 1.59),
-        ("blackbean", "Blackbean", 63.15, 2.55, 1.76),
-        ("sfnet", "SF-Net", 61.21, 3.44, 2.95),
-        ("andrearczyk", "Andrearczyk et al.", 61.45, 2.98, 1.89),
-        ("deepmts", "DeepMTS", 61.91, 3.22, 2.76),
-        ("weninger", "Weninger et al.", 61.22, 3.98, 2.82),
-        ("v3_ct_only", "CT-only Mirror U-Net (v3)", 12.37, 28.24, 50.02),
-        ("v3_pet_only", "PET-only Mirror U-Net (v3)", 56.14, 4.81, 3.02),
-        ("v4", "Mirror U-Net (v4)", 64.24, 2.93, 1.99),
-        ("valindria", "Valindria et al.", 39.84, 7.89, 17.00),
-        ("v3", "Mirror U-Net (v3)", 65.91, 1.55, 0.76),
-    ),
-    5: (
-        ("v1", "Mirror U-Net (v1)", 88.37, 71.91, 82.22),
-        ("v2-rec", "Mirror U-Net (v2)-rec", 91.12, 77.12, 84.56),
-        ("nnunet", "nnUNet", 89.10, 76.35, 84.05),
-        ("segresnet", "SegResNet", 91.29, 77.01, 84.22),
-        ("v2", "Mirror U-Net (v2)", 92.52, 78.12, 85.84),
-    ),
-}

@@ -14,8 +14,7 @@ size and what came up. Sides of a patch must divide by 16.
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,88 +22,169 @@ from torch import Tensor, nn
 
 CHANNELS = (16, 32, 64, 128, 256)
 STRIDE = 16  # four layers of stride 2
-TASK_CHANNELS = {"rec": 1, "lesion": 2, "edema": 2, "core": 2, "whole": 2, "edema+core": 3}
+UNIONS = {"whole": ("edema", "core")}  # classes that are made of others (Sec. 3.3)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one decoder learns: classes of a label map or, without any, an image to restore.
+
+    target: its name in a batch, "ct" and "pet" the images, "mask" the label map.
+    classes: of its softmax, the background left out; a name of UNIONS stands for all of its parts.
+    title: what tables and pictures call its output.
+    """
+
+    target: str
+    classes: tuple[str, ...] = ()
+    title: str = "reconstruction"
+
+    @property
+    def channels(self) -> int:
+        return 1 + len(self.classes)
+
+
+CT, PET = Task("ct"), Task("pet")
+LESION = Task("mask", ("lesion",), "p(lesion)")
+EDEMA = Task("mask", ("edema",), "p(edema)")
+CORE = Task("mask", ("core",), "p(core)")
+WHOLE = Task("mask", ("whole",), "p(whole)")
+EDEMA_CORE = Task("mask", ("edema", "core"), "p(whole)")  # one softmax, drawn as 1 - p(background)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which task sits where (Fig. 2). For MRI the CT slot holds FLAIR, the PET slot T1Gd."""
+    """Which task sits where (Fig. 2). For MRI the CT slot holds FLAIR, the PET slot T1Gd.
 
-    ct: str  # task of the CT branch, a key of TASK_CHANNELS
-    pet: str  # task of the PET branch
-    btl: str | None = None  # task of the bottleneck decoder; "rec" reconstructs the PET slot
+    Branches with a task on the label map "mask" make the final mask: one alone is it, two of the
+    same classes are summed with θ (Eq. 4), two of different classes decide each for itself.
+    """
+
+    ct: Task | None = None  # of the CT branch
+    pet: Task | None = None  # of the PET branch
+    btl: Task | None = None  # of the bottleneck decoder
     tumor: bool = False  # classifier T on the bottleneck
     phi: bool = False  # Φ(x_C) replaces the input of the CT branch in training
+    join: str | None = None  # of two networks' masks (late fusion): logits, union, intersection
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The decoders by the name of their output."""
+        return {s: t for s in ("ct", "pet", "btl") if (t := getattr(self, s))}
+
+    @property
+    def mask(self) -> dict[str, Task]:
+        """The branches that make the final mask."""
+        return {s: t for s, t in self.tasks.items() if s != "btl" and t.target == "mask"}
 
     @property
     def fused(self) -> bool:
-        """Both branches segment the same thing: their logits are summed with θ (Eq. 4)."""
-        return self.ct == self.pet
+        """Both branches segment the same thing."""
+        return len(self.mask) == 2 and self.ct == self.pet
 
     @property
     def exclusive(self) -> bool:
-        """The classes of `seg` come from one softmax; else each is decided on its own branch."""
-        return self.fused or self.ct == "rec"
+        """The classes of the mask come from one softmax; else each from its own branch."""
+        return self.fused or len(self.mask) == 1
+
+    @property
+    def restores(self) -> bool:
+        """Some decoder reconstructs an image."""
+        return any(not task.classes for task in self.tasks.values())
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the foreground channels of `seg`, in order."""
-        return ("lesion",) if self.pet == "lesion" else ("edema", "core")
+        """Names of the foreground classes of the mask, in the order of their labels 1, 2, ..."""
+        return tuple(dict.fromkeys(c for task in self.mask.values() for c in task.classes))
 
 
 VARIANTS = {
     "petct": {  # Sec. 3.1, Eq. 1-4
-        "v1": Variant(ct="rec", pet="lesion", phi=True),
-        "v2": Variant(ct="rec", pet="lesion", btl="rec", phi=True),
-        "v3": Variant(ct="rec", pet="lesion", btl="rec", tumor=True, phi=True),
-        "v4": Variant(ct="lesion", pet="lesion"),
+        "v1": Variant(ct=CT, pet=LESION, phi=True),
+        "v2": Variant(ct=CT, pet=LESION, btl=PET, phi=True),
+        "v3": Variant(ct=CT, pet=LESION, btl=PET, tumor=True, phi=True),
+        "v4": Variant(ct=LESION, pet=LESION),
     },
     "mri": {  # Sec. 3.3, Fig. 2 of the supplement
-        "v1": Variant(ct="edema", pet="core"),
-        "v2": Variant(ct="edema", pet="core", btl="whole"),
-        "v2-rec": Variant(ct="rec", pet="edema+core", btl="rec", phi=True),
+        "v1": Variant(ct=EDEMA, pet=CORE),
+        "v2": Variant(ct=EDEMA, pet=CORE, btl=WHOLE),
+        "v2-rec": Variant(ct=CT, pet=EDEMA_CORE, btl=PET, phi=True),
     },
 }
-NOT_FOR_MRI = {
-    "v3": "every patient there has a tumour, so there is nothing to classify, Sec. 3.3",
-    "v4": "its branches segment two classes, so there are no logits to sum",
-}
+MASKS = {"petct": LESION, "mri": EDEMA_CORE}  # the mask from one softmax (baselines.py)
 DATA_NAMES = {"petct": "PET/CT", "mri": "brain tumour MRI"}
+IMAGE_NAMES = {"petct": ("CT", "PET"), "mri": ("FLAIR", "T1Gd")}  # in the CT and the PET slot
 
 
 def variant_of(kind: str, version: str) -> Variant:
     """The row of VARIANTS. Raises ValueError with the versions that this kind of data has."""
-    if kind not in VARIANTS:
-        raise ValueError(f"unknown kind of data {kind!r}: choose from {', '.join(VARIANTS)}")
-    if version not in VARIANTS[kind]:
-        why = f" ({NOT_FOR_MRI[version]})" if version in NOT_FOR_MRI and kind == "mri" else ""
-        raise ValueError(
-            f"{version} is not defined for {DATA_NAMES[kind]}{why}: "
-            f"choose from {', '.join(VARIANTS[kind])}"
-        )
-    return VARIANTS[kind][version]
+    if version in (rows := VARIANTS.get(kind, {})):
+        return rows[version]
+    known = f"{DATA_NAMES.get(kind, kind)}: choose from {', '.join(rows or VARIANTS)}"
+    raise ValueError(f"{version} is not defined for {known}")
 
 
 class Output(NamedTuple):
-    """What `MirrorUNet.forward` returns; a task that the version lacks is None.
+    """What a network returns; what it lacks, or was not asked for, is None.
 
     seg: logits of the final mask. PET/CT (B, 2, W, H, D): background, lesion. MRI (B, 3, W, H, D):
         background, edema, core; in v1 and v2 these are 0 and each branch's foreground minus
         background, so that a class is present where its logit is above 0.
-    ct_rec, pet_rec: reconstructions (B, 1, W, H, D), in the units of the inputs.
-    tumor: logit (B,) of T. btl_seg: whole-tumour logits (B, 2, W, H, D) of the bottleneck decoder.
-    ct_seg, pet_seg: logits of a branch that segments.
-    extra: what only the loss of one compared system reads, by name (baselines.py).
+    ct, pet, btl: what the decoders put out, by their Task: logits (B, 1 + classes, W, H, D), or an
+        image (B, 1, W, H, D) in the units of the inputs.
+    tumor: logit (B,) of T. extra: what only the loss of one system in baselines.py reads.
     """
 
     seg: Tensor | None = None
-    ct_rec: Tensor | None = None
-    pet_rec: Tensor | None = None
+    ct: Tensor | None = None
+    pet: Tensor | None = None
+    btl: Tensor | None = None
     tumor: Tensor | None = None
-    btl_seg: Tensor | None = None
-    ct_seg: Tensor | None = None
-    pet_seg: Tensor | None = None
     extra: dict | None = None
+
+
+class Network(nn.Module):
+    """What training and evaluation ask of MirrorUNet and of the systems in baselines.py."""
+
+    variant: Variant
+    heads: tuple[str, ...]  # the fields of Output that it fills
+    stride = STRIDE  # the sides of a patch divide by this
+    least = STRIDE  # and are no smaller than this
+    # torch 2.13 leaves the weight gradient of a bf16 conv3d over 2x2x2 maps unset on the CPU
+    bf16_least = 3 * STRIDE
+    alternates = False  # a training step runs a part of the weights only
+    branches: tuple[str, ...] = ()  # outputs that are evaluated beside the mask
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("theta", None)  # MirrorUNet has one
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the lists of layers `ct` and `pet` both hold, each once (Sec. 3.2)."""
+        ct, pet = (getattr(self, branch, None) for branch in ("ct", "pet"))
+        known = {id(p) for p in ct.parameters()} if ct else {}
+        return [p for p in pet.parameters() if id(p) in known] if pet else []
+
+    def step_options(self, number: int) -> dict:
+        """What a training step passes to forward; number: random, the same on all devices."""
+        return {}
+
+    def wanted(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None) -> set[str]:
+        """The fields of Output to compute: `heads`, or all.
+
+        Raises ValueError for patches that do not fit, or heads that the network lacks.
+        """
+        sides = ct.shape[2:]
+        fits = ct.dim() == 5 and ct.shape[1] == 1 and not any(n % self.stride for n in sides)
+        if ct.shape != pet.shape or not fits or min(sides) < self.least:
+            least = f" and are at least {self.least}" if self.least > self.stride else ""
+            raise ValueError(
+                f"CT {tuple(ct.shape)} and PET {tuple(pet.shape)}: give both the same shape, "
+                f"(B, 1, W, H, D) with sides that divide by {self.stride}{least}"
+            )
+        want = set(self.heads if heads is None else heads)
+        if absent := want - set(self.heads):
+            raise ValueError(f"heads {sorted(absent)}: this version has {', '.join(self.heads)}")
+        return want
 
 
 class ConvNormAct(nn.Sequential):
@@ -147,9 +227,9 @@ class Up(nn.Module):
         return self.conv(x) + x
 
 
-def unet_layers() -> list[nn.Module]:
+def unet_layers(channels: tuple[int, ...] = CHANNELS) -> list[nn.Module]:
     """Layers 1-8 of one branch; the output layer depends on the branch's task."""
-    c1, c2, c3, c4, c5 = CHANNELS
+    c1, c2, c3, c4, c5 = channels
     down = [Down(1, c1, 2), Down(c1, c2, 2), Down(c2, c3, 2), Down(c3, c4, 2), Down(c4, c5, 1)]
     return [*down, Up(c4 + c5, c3), Up(2 * c3, c2), Up(2 * c2, c1)]
 
@@ -169,8 +249,8 @@ def share(layer: nn.Module, private_norm: bool) -> nn.Module:
 class BottleneckDecoder(nn.Sequential):
     """D_BTL of Eq. 2: both bottoms, concatenated, up to the full size without skips."""
 
-    def __init__(self, out_channels: int):
-        c1, c2, c3, _, c5 = CHANNELS
+    def __init__(self, out_channels: int, channels: tuple[int, ...] = CHANNELS):
+        c1, c2, c3, _, c5 = channels
         super().__init__(Up(2 * c5, c3), Up(c3, c2), Up(c2, c1), Up(c1, out_channels))
 
 
@@ -193,7 +273,7 @@ class Classifier(nn.Sequential):
         )
 
 
-class MirrorUNet(nn.Module):
+class MirrorUNet(Network):
     """Mirror U-Net for one row of VARIANTS.
 
     version, kind: the row. shared: L, any subset of 1..8, also empty.
@@ -203,7 +283,8 @@ class MirrorUNet(nn.Module):
         through a 1^3 convolution (Fig. 1).
     norm: "shared" or "private" batch norms inside the shared layers.
     classifier: T sees "both" bottoms (Eq. 3) or only "pet" (the released code).
-    Raises ValueError for a value outside these.
+    channels: widths of layers 1-5.
+    Raises ValueError for a kind, version or layer that there is not.
     """
 
     def __init__(
@@ -215,128 +296,74 @@ class MirrorUNet(nn.Module):
         bottleneck: str = "own",
         norm: str = "shared",
         classifier: str = "both",
+        channels: tuple[int, ...] = CHANNELS,
     ):
         super().__init__()
-        for name, value, allowed in (
-            ("bottleneck", bottleneck, ("own", "joint")),
-            ("norm", norm, ("shared", "private")),
-            ("classifier", classifier, ("both", "pet")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} {value!r}: choose from {', '.join(allowed)}")
-        shared = (shared,) if isinstance(shared, int) else tuple(shared)
         if not set(shared) <= set(range(1, 9)):
             raise ValueError(f"shared layers {sorted(shared)}: L is a subset of 1..8 (Sec. 3.2)")
-        try:
-            start = 0.5 if theta == "learn" else float(theta)
-        except (TypeError, ValueError):
-            start = math.nan
-        if not 0 <= start <= 1:
-            raise ValueError(f"theta {theta}: a number in [0, 1] or 'learn' (Eq. 4)")
         self.variant = variant_of(kind, version)
+        self.heads = ("seg", *self.variant.tasks, *(("tumor",) if self.variant.tumor else ()))
         self.classifier_sees_ct = classifier == "both"
 
-        ct_task, pet_task = TASK_CHANNELS[self.variant.ct], TASK_CHANNELS[self.variant.pet]
-        pet = unet_layers()
+        pet = unet_layers(channels)
         ct = [  # a shared layer is one module held by both lists (Sec. 3.2)
             share(pet[i - 1], norm == "private") if i in shared else layer
-            for i, layer in enumerate(unet_layers(), start=1)
+            for i, layer in enumerate(unet_layers(channels), start=1)
         ]
-        self.pet = nn.ModuleList([*pet, Up(2 * CHANNELS[0], pet_task, bare=True)])
-        self.ct = nn.ModuleList([*ct, Up(2 * CHANNELS[0], ct_task, bare=True)])
-        both = 2 * CHANNELS[-1]
+        top, bottom = 2 * channels[0], channels[-1]
+        self.pet = nn.ModuleList([*pet, Up(top, self.variant.pet.channels, bare=True)])
+        self.ct = nn.ModuleList([*ct, Up(top, self.variant.ct.channels, bare=True)])
         self.joint = nn.ModuleDict()
         if bottleneck == "joint":
-            self.joint.update({m: nn.Conv3d(both, CHANNELS[-1], 1) for m in ("ct", "pet")})
+            self.joint.update({b: nn.Conv3d(2 * bottom, bottom, 1) for b in ("ct", "pet")})
         btl = self.variant.btl
-        self.btl_decoder = BottleneckDecoder(TASK_CHANNELS[btl]) if btl else None
-        seen = both if self.classifier_sees_ct else CHANNELS[-1]
+        self.btl_decoder = BottleneckDecoder(btl.channels, channels) if btl else None
+        seen = 2 * bottom if self.classifier_sees_ct else bottom
         self.classifier = Classifier(seen) if self.variant.tumor else None
         # Registered in every version, as in the released code, so that parameter counts agree.
-        learned = theta == "learn" and self.variant.fused
-        self.theta = nn.Parameter(torch.tensor(start), requires_grad=learned)
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """The fields of Output that this version fills."""
-        v = self.variant
-        fields = {
-            "seg": True,
-            "ct_rec": v.ct == "rec",
-            "pet_rec": v.btl == "rec",
-            "tumor": v.tumor,
-            "btl_seg": v.btl == "whole",
-            "ct_seg": v.ct != "rec",
-            "pet_seg": True,
-        }
-        return tuple(name for name, present in fields.items() if present)
-
-    one_value = STRIDE  # side of a patch that leaves batch norm one voxel at the bottom
-
-    def step_options(self, number: int) -> dict:
-        """What a training step passes to forward: nothing here (see baselines.System)."""
-        return {}
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        """Parameters that both branches hold, each once: the shared representation (Sec. 3.2)."""
-        ct = {id(p) for p in self.ct.parameters()}
-        return [p for p in self.pet.parameters() if id(p) in ct]
+        learned = theta == "learn"
+        start = torch.tensor(0.5 if learned else float(theta))
+        self.theta = nn.Parameter(start, requires_grad=learned and self.variant.fused)
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         """Run the network on ct and pet, each (B, 1, W, H, D); FLAIR and T1Gd for MRI.
 
         heads: the fields of Output to compute, all by default; what they do not need is not run.
-        Raises ValueError for a head that the version lacks, a side of the patch that does not
-        divide by 16, or shapes that differ.
+        Raises ValueError as `wanted` does.
         """
-        fits = ct.dim() == 5 and ct.shape[1] == 1 and not any(n % STRIDE for n in ct.shape[2:])
-        if ct.shape != pet.shape or not fits:
-            raise ValueError(
-                f"CT {tuple(ct.shape)} and PET {tuple(pet.shape)}: give both the same shape, "
-                f"(B, 1, W, H, D) with sides that divide by {STRIDE}"
-            )
-        v, want = self.variant, set(self.heads if heads is None else heads)
-        if absent := want - set(self.heads):
-            raise ValueError(f"heads {sorted(absent)}: this version has {', '.join(self.heads)}")
-        run_ct = bool(want & {"ct_rec", "ct_seg"}) or ("seg" in want and v.ct != "rec")
-        run_pet = bool(want & {"seg", "pet_seg"})
-        run_btl, run_cls = bool(want & {"pet_rec", "btl_seg"}), "tumor" in want
-        joint = len(self.joint) > 0
-        see_ct = run_ct or run_btl or (run_cls and self.classifier_sees_ct) or joint
-        see_pet = run_pet or run_btl or run_cls or joint
+        want = self.wanted(ct, pet, heads)
+        decoded = {"ct", "pet"} & (want | ({*self.variant.mask} if "seg" in want else set()))
+        meet = "btl" in want or ("tumor" in want and self.classifier_sees_ct) or len(self.joint)
+        encoded = {"ct", "pet"} if meet else decoded | ({"pet"} if "tumor" in want else set())
 
-        ct_skips = encode(self.ct, ct) if see_ct else None
-        pet_skips = encode(self.pet, pet) if see_pet else None
-        both = None
-        if run_btl or joint or (run_cls and self.classifier_sees_ct):
-            both = torch.cat([ct_skips[-1], pet_skips[-1]], dim=1)  # ⊕ of Eq. 2-3, (B, 512, ...)
+        ct_maps = encode(self.ct, ct) if "ct" in encoded else None
+        pet_maps = encode(self.pet, pet) if "pet" in encoded else None
+        both = torch.cat([ct_maps[-1], pet_maps[-1]], dim=1) if meet else None  # ⊕, (B, 512, ...)
         out = {}
-        if run_ct:
-            ct_out = decode(self.ct, ct_skips, self.start("ct", ct_skips, both))
-            out["ct_rec" if v.ct == "rec" else "ct_seg"] = ct_out
-        if run_pet:
-            out["pet_seg"] = decode(self.pet, pet_skips, self.start("pet", pet_skips, both))
-            out["seg"] = self.final(out["pet_seg"], out.get("ct_seg"))
-        if run_btl:
-            out["pet_rec" if v.btl == "rec" else "btl_seg"] = self.btl_decoder(both)
-        if run_cls:
-            out["tumor"] = self.classifier(both if self.classifier_sees_ct else pet_skips[-1])
+        if "ct" in decoded:
+            out["ct"] = decode(self.ct, ct_maps, self.start("ct", ct_maps, both))
+        if "pet" in decoded:
+            out["pet"] = decode(self.pet, pet_maps, self.start("pet", pet_maps, both))
+        if "seg" in want:
+            out["seg"] = self.final(*(out[branch] for branch in self.variant.mask))
+        if "btl" in want:
+            out["btl"] = self.btl_decoder(both)
+        if "tumor" in want:
+            out["tumor"] = self.classifier(both if self.classifier_sees_ct else pet_maps[-1])
         return Output(**out)
 
-    def start(self, branch: str, skips: list[Tensor], both: Tensor | None) -> Tensor:
+    def start(self, branch: str, maps: list[Tensor], both: Tensor | None) -> Tensor:
         """Where a branch's decoder starts: its own bottom, or both bottoms if joint."""
-        return self.joint[branch](both) if branch in self.joint else skips[-1]
+        return self.joint[branch](both) if branch in self.joint else maps[-1]
 
-    def final(self, pet_seg: Tensor, ct_seg: Tensor | None) -> Tensor | None:
-        """The logits `seg` from those of the branches."""
-        if self.variant.ct == "rec":
-            return pet_seg
-        if ct_seg is None:
-            return None
+    def final(self, first: Tensor, second: Tensor | None = None) -> Tensor:
+        """The logits `seg` from those of the branches in Variant.mask, CT before PET."""
+        if second is None:
+            return first
         if self.variant.fused:  # before the softmax, Eq. 4
-            return (1 - self.theta) * pet_seg + self.theta * ct_seg
-        edema, core = ct_seg[:, 1] - ct_seg[:, 0], pet_seg[:, 1] - pet_seg[:, 0]
-        return torch.stack([torch.zeros_like(edema), edema, core], dim=1)
+            return (1 - self.theta) * second + self.theta * first
+        found = torch.cat([margins(first), margins(second)], dim=1)
+        return torch.cat([torch.zeros_like(found[:, :1]), found], dim=1)
 
 
 def encode(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
@@ -364,13 +391,21 @@ def decide(margin, variant: Variant):
     """Which classes are present: booleans (K, W, H, D) from margins (K, W, H, D), NumPy or torch.
 
     K runs over variant.classes. After one softmax the larger logit wins; where edema and core sit
-    on branches of their own (MRI v1, v2), each is decided there and both may be present.
+    on branches of their own (MRI v1, v2), each is decided there and both may be present. For late
+    fusion the margins of two networks, (2K, W, H, D), are averaged, or their masks joined.
     """
+    if variant.join:
+        half, alone = len(margin) // 2, replace(variant, join=None)
+        one, other = margin[:half], margin[half:]
+        if variant.join == "logits":
+            return decide((one + other) / 2, alone)
+        one, other = decide(one, alone), decide(other, alone)
+        return one | other if variant.join == "union" else one & other
     present = margin > 0
-    if variant.exclusive and len(margin) == 2:
-        first_wins = margin[0] >= margin[1]
-        present[0] &= first_wins
-        present[1] &= ~first_wins
+    if variant.exclusive and len(margin) > 1:
+        winner = margin.argmax(0)
+        for k in range(len(margin)):
+            present[k] &= winner == k
     return present
 
 

@@ -1,4 +1,4 @@
-"""Small studies on disk, in each of the three layouts, made in a temporary folder."""
+"""Small studies on disk, in each of the three layouts; and one cohort with a finished run."""
 
 import gzip
 import json
@@ -7,6 +7,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+
+import train
+from config import Config
+from phantom import write_phantom
+from runs import open_data
 
 SHAPE = (24, 20, 18)
 SPACING = (4.0, 4.0, 5.0)
@@ -71,10 +77,35 @@ def write_nifti(path, array, affine, image=nib.Nifti1Image):
     return path
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "system_runs" in item.fixturenames:  # a training of each compared system
-            item.add_marker("slow")
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A run small enough for tests: 9 studies, 3 in each part, 2 epochs of 2 steps, narrow."""
+    root = tmp_path_factory.mktemp("base")
+    write_phantom(root / "data", patients=6)
+    return Config(
+        version="v3", data=str(root / "data"), cache=str(root / "cache"), device="cpu", amp="none",
+        threads=1, workers=0, epochs=2, steps=2, batch_size=2, patch=(16, 16, 16),
+        spacing=(16.0, 16.0, 16.0), folds=3, val_every=1, phi="noise", seed=1, lr=3e-3,
+        channels=(4, 8, 8, 16, 16), out=str(root / "run"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(base):
+    """The folder of base's finished run, what train() returned and what it reported. Read only."""
+    rows = []
+    result = train.train(base, rows.append)
+    return Path(base.out), result, rows
+
+
+@pytest.fixture(scope="session")
+def cases(base):
+    return open_data(base)[1]
 
 
 @pytest.fixture

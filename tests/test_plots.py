@@ -1,729 +1,426 @@
 """plots.py: what is drawn in the figures of the paper, from a search and from runs."""
 
-import subprocess
+import itertools
+import runpy
 import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
-import matplotlib.image
-import matplotlib.text
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import las, petct_arrays, write_nifti
-from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
-import eval as evaluation
 import plots
-import train
-from data import Case, UserError, write_json
-
-ROOT = Path(__file__).parent.parent
-SETS = ["3", "4", "5", "6", "7", "4 5 6", "3 4 5 6 7"]
-TABLE_2 = """
-v1 none    57.39 62.88 61.92 61.91 62.06 62.08 58.06
-v1 noise   59.76 62.83 62.34 62.21 62.65 62.36 60.86
-v1 shuffle 62.75 63.97 64.57 63.80 63.09 63.01 62.72
-v2 none    58.42 63.34 62.15 61.74 62.24 62.49 59.00
-v2 noise   59.96 64.00 62.62 62.21 62.85 63.01 61.44
-v2 shuffle 63.15 64.28 65.50 64.08 63.69 63.29 63.33
-v3 none    59.12 63.36 62.78 62.25 63.01 63.22 60.01
-v3 noise   60.23 64.33 63.01 62.89 63.22 63.30 60.51
-v3 shuffle 63.33 64.55 65.91 64.44 64.00 63.43 63.34
-v4 0.1     59.61 63.78 63.65 63.23 60.58 61.79 60.81
-v4 0.2     58.65 62.66 64.24 63.35 62.30 63.99 56.79
-v4 0.3     61.67 63.76 64.22 62.26 61.89 61.33 58.21
-v4 0.4     58.95 62.93 58.43 63.64 56.15 60.69 59.40
-v4 0.5     59.86 61.84 61.00 62.48 60.38 60.51 57.79
-v4 learn   60.89 60.94 60.81 58.48 56.52 59.63 47.42
-"""
-LAMBDAS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
+from baselines import Valindria, Weninger
+from config import Config, plain, resolve
+from files import UserError, write_json
+from mirror_unet import LESION, VARIANTS, Output, Task, Variant
+from runs import build_model, load_run, save_checkpoint, save_config
+from tables import PAPER_TABLE2, SETS
 
 
 @pytest.fixture(autouse=True)
-def tidy():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def closed():
     yield
-    torch.set_num_threads(before)
+    plots.plt.close("all")  # also what a test kept from being saved
+
+
+def trial(version="v3", shared="5", dice=np.nan, **options):
+    """A row of runs.read_trials; without a Dice, of a trial that waits."""
+    row = {"version": version, "shared": shared, "dice": dice, "kind": "petct", "phi": "shuffle"}
+    return row | {"theta": None, "lambda_rec": None, "lambda_cls": None} | options
+
+
+def table_2(*waiting):
+    """Table 2 of the paper, a trial per cell; waiting: numbers of trials that have no Dice yet."""
+    rows = []
+    for (version, method), dices in PAPER_TABLE2.items():
+        own = {"phi": "none", "theta": method} if version == "v4" else {"phi": method}
+        rows += [trial(version, s, dice, **own) for s, dice in zip(SETS, dices, strict=True)]
+    return [row | {"dice": np.nan} if i in waiting else row for i, row in enumerate(rows)]
+
+
+def lambda_rows():
+    """v3 over the 5 x 5 grid; best at λ_rec 1e-4, λ_class 1e-2; two seeds 1 % around the mean."""
+    return [
+        trial(dice=60 - abs(i - 4) - 2 * abs(j - 2) + shift, lambda_rec=10**-i, lambda_cls=10**-j)
+        for i, j, shift in itertools.product(range(1, 6), range(1, 6), (-1, 1))
+    ]
+
+
+def draw(name, rows, about=""):
+    """The figure of these rows as the command draws it, its axis, and what it says."""
     plots.plt.close("all")
+    trials = pd.DataFrame(rows)
+    drawn = trials["version"].isin(plots.SEARCH_FIGURES[name][1])
+    figure, said = plots.search_figure(name, trials[drawn], about)
+    return figure, figure.axes[0], said
 
 
-def trial(version="v3", shared="5", dice=None, **options):
-    """A row of results.csv; without a Dice, of a trial that waits."""
-    row = {"trial": "", "search": "mine", "status": "waiting" if dice is None else "done"}
-    row |= {"reason": None, "kind": "petct"}
-    row |= {"version": version, "shared": shared, "phi": "shuffle", "theta": None}
-    row |= {"lambda_rec": 1e-4, "lambda_cls": 1e-3 if version == "v3" else None, "lr": 1e-3}
-    row |= {"seed": 0, "epochs": 400, "epochs_done": 400, "val_dice": 0.9, "test_dice": dice}
-    return row | options
+def lines(axis, **looks):
+    """The values of the lines that look so, from left to right."""
+    found = [n for n in axis.lines if all(getattr(n, f"get_{k}")() == v for k, v in looks.items())]
+    return [list(n.get_ydata()) for n in sorted(found, key=lambda n: list(n.get_xdata())[:1])]
 
 
-def write_search(folder, rows):
-    folder.mkdir(exist_ok=True)
-    frame = pd.DataFrame(rows).assign(trial=[f"t{i}" for i in range(len(rows))])
-    frame.to_csv(folder / "results.csv", index=False)
+def texts(things):
+    return [thing.get_text().replace("\n", "") for thing in things]
+
+
+def test_fig_5_draws_the_bold_numbers_of_table_2():
+    figure, axis, said = draw("fig5_shared", table_2(35, 44, 51, 58)[::-1])  # rows in any order
+    assert lines(axis, label="v1") == [[62.75, 63.97, 64.57, 63.80, 63.09, 63.01, 62.72]]
+    assert lines(axis, label="v2") == [[59.96, 64.28, 65.50, 64.08, 63.69, 63.29, 63.33]]
+    v3 = [63.33, 64.55, np.nan, 64.44, 64.00, 63.43, 63.34]
+    assert lines(axis, label="v3") == [pytest.approx(v3, nan_ok=True)]
+    assert lines(axis, label="v4") == [[61.67, 63.78, 64.24, 63.64, 62.30, 63.99, 60.81]]
+    sets = ["{3}", "{4}", "{5}", "{6}", "{7}", "{4,5,6}", "{3,4,5,6,7}"]
+    assert texts(axis.get_xticklabels()) == sets and axis.get_ylabel() == "test Dice (%)"
+    assert said == axis.get_title(loc="right") == "1 seed; 4 of 105 cells missing"
+    assert texts(figure.legends[0].get_texts()) == ["v1", "v2", "v3", "v4"]
+    for look in ("get_color", "get_marker", "get_linestyle"):  # told apart in grey as well
+        assert len({getattr(line, look)() for line in axis.lines}) == 4
+
+
+def test_fig_4_has_a_box_per_version_and_phi_over_all_sets():
+    figure, axis, said = draw("fig4_phi", table_2(1)[1:])  # a cell that is not planned counts too
+    assert said == "1 seed; 2 of 63 cells missing"
+    expected = [61.92, 62.34, 63.09, 62.15, 62.62, 63.69, 62.78, 63.01, 64.00]  # no v4
+    assert [y for y, _ in lines(axis, linewidth=1.4)] == pytest.approx(expected)  # the medians
+    dots = lines(axis, marker="o")
+    assert dots[8] == pytest.approx(PAPER_TABLE2["v3", "shuffle"]) and len(dots[0]) == 5
+    [legend] = figure.legends
+    assert texts(axis.get_xticklabels()) == ["v1", "v2", "v3"]
+    assert texts(legend.get_texts()) == ["L2", "L2 + noise", "L2 + shuffling"]
+    left = sorted(axis.patches, key=lambda p: p.get_path().get_extents().x0)[:3]
+    looks = [(p.get_facecolor(), p.get_hatch()) for p in (*left, *legend.get_patches())]
+    assert looks[:3] == looks[3:] and len({hatch for _, hatch in looks}) == 3
+
+
+def test_fig_6_boxes_hold_the_fixed_thetas_and_the_learned_one_is_beside():
+    figure, axis, _ = draw("fig6_theta", table_2(63, 70, 77, 84, 91))  # no fixed θ with L = {3}
+    assert lines(axis, linewidth=1.4)[2][0] == pytest.approx(63.65)  # L = {5}
+    dots = [[], [63.78, 62.66, 63.76, 62.93, 61.84], [63.65, 64.24, 64.22, 58.43, 61.00]]
+    assert lines(axis, marker="o")[:3] == dots
+    assert lines(axis, marker="*") == [pytest.approx(PAPER_TABLE2["v4", "learn"])]
+    low = np.nanmin([min(values) for values in lines(axis, linewidth=0.7)])
+    assert low == pytest.approx(56.15)  # whiskers reach the worst fixed θ, not the learned one
+    assert texts(figure.legends[0].get_texts()) == ["fixed θ, 0.1 to 0.5", "learned θ"]
+
+
+def test_lambda_map_shows_means_over_seeds_and_frames_the_best():
+    rows = lambda_rows()
+    rows[8]["dice"] = rows[9]["dice"] = np.nan  # λ_rec 1e-1, λ_class 1e-5
+    figure, axis, said = draw("fig_s1_lambdas", rows[::-1] + [trial("v2", dice=99)])
+    values = axis.images[0].get_array()  # rows λ_class, columns λ_rec, both rising
+    np.testing.assert_allclose(values[:, 1], [54, 56, 58, 60, 58])
+    np.testing.assert_allclose(values[3], [59, 60, 59, 58, 57])
+    assert values.mask.sum() == 1 and values.mask[0, 4] and axis.get_ylim() == (-0.5, 4.5)
+    assert said == axis.get_title(loc="right") == "mean of 2 seeds; 1 of 25 cells missing"
+    frames = [p.get_center() for p in axis.patches if isinstance(p, Rectangle)]
+    assert frames == [pytest.approx((1, 3))] and "10^{-5}" in texts(axis.get_xticklabels())[0]
+    assert "rec" in axis.get_xlabel() and "class" in axis.get_ylabel()
+    [bold] = [cell for cell in axis.texts if cell.get_weight() == "bold"]
+    assert (bold.get_text(), bold.get_position()) == ("60.00", (1, 3)) and len(axis.texts) == 24
+
+
+def test_no_text_of_a_figure_is_cut_off_or_too_small():
+    many = table_2() + [trial("v1", s, 60) for s in ("none", "1 2 3", "1 2 3 4 5 6 7")]
+    many = [row | {"kind": "mri"} for row in many]
+    about = "batch_size 8, weight_decay 1, lr 0.0001, schedule poly, clip 1"  # two lines with it
+    for name, (table, *_) in plots.SEARCH_FIGURES.items():
+        figure, axis, _ = draw(name, lambda_rows()[2:] if table == "lambdas" else many[1:], about)
+        figure.draw_without_rendering()
+        extent, size = figure.get_tightbbox().extents, figure.get_size_inches()
+        assert min(extent) >= 0 and (extent[2:] <= size).all()
+        assert size[0] == pytest.approx(7 if name == "fig5_shared" else 3.3)
+        assert min(n.get_fontsize() for n in figure.findobj(Text) if n.get_text()) >= 6
+        names = axis.get_xticklabels()
+        along = [t.get_window_extent() for t in names]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(along))
+        if name == "fig5_shared":
+            assert axis.get_ylabel() == "test Dice, whole tumour (%)"
+            assert [t.get_text() for t in names[7:9]] == ["none", "{1,2,3}"]
+            assert names[9].get_text() == "{1,2,3,\n4,5,6,\n7}"
+
+
+def make_search(folder, rows):
+    """The folder of a search with finished trials: (version, Dice, options) each."""
+    for i, (version, dice, options) in enumerate(rows):
+        config = resolve(Config(version=version, data="x", **options), "petct", phantom=False)
+        run = folder / f"t{i}"
+        run.mkdir(parents=True)
+        told = {"searches": ["mine"], "config": plain(config), "studies": "s"}
+        write_json(run / "trial.json", told)
+        told = {"epochs": 400, "systems": {"model": {"dice": {"mean": dice, "n": 3}}}}
+        write_json(run / "summary.json", told)
     return folder
 
 
-def search(tmp_path, rows):
-    return plots.read_trials(write_search(tmp_path / "search", rows) / "results.csv")
-
-
-def table_2():
-    rows = []
-    for line in TABLE_2.strip().splitlines():
-        version, method, *values = line.split()
-        own = {"phi": "none", "theta": method} if version == "v4" else {"phi": method}
-        pairs = zip(SETS, values, strict=True)
-        rows += [trial(version, layers, float(v) / 100, **own) for layers, v in pairs]
-    return rows
-
-
-def boxes(axis):
-    """Middle, quartiles of every box, from left to right."""
-    ends = [p.get_path().get_extents() for p in axis.patches if isinstance(p, PathPatch)]
-    return sorted(((e.x0 + e.x1) / 2, e.y0, e.y1) for e in ends)
-
-
-def medians(axis):
-    """The thick lines of the boxes, from left to right."""
-    thick = [line for line in axis.get_lines() if line.get_linewidth() == 1.4]
-    return [y for _, y in sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in thick)]
-
-
-def dots(axis, marker="o"):
-    """The values of each group of dots, from left to right."""
-    lines = [line for line in axis.get_lines() if line.get_marker() == marker]
-    return [list(line.get_ydata()) for line in sorted(lines, key=lambda n: n.get_xdata()[0])]
-
-
-def labels(axis):
-    return [text.get_text().replace("\n", "") for text in axis.get_xticklabels()]
-
-
-# ------------------------------------------------------------------ results.csv
-
-
-def test_trials_keep_sets_and_theta_as_text(tmp_path):
-    rows = [trial(dice=0.5), trial(shared="none", phi="none"), trial("v4", theta="0.20", dice=0.4)]
-    rows[1]["reason"] = "NA"
-    trials = search(tmp_path, rows)
-    assert list(trials["shared"]) == ["5", "none", "5"]
-    assert list(trials["phi"]) == ["shuffle", "none", "shuffle"]
-    assert trials["theta"].isna().tolist() == [True, True, False] and trials["theta"][2] == "0.20"
-    assert trials["test_dice"].isna().tolist() == [False, True, False]
-    assert trials["reason"][1] == "NA"  # only an empty field is no value
-    assert trials["dice"].fillna(0).tolist() == [50, 0, 40]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "No such file"),
-        (b"", "not the results of a search"),
-        (b"\xff\xfe\x00\x80", "not the results of a search"),
-        (b"study,dice\na,0.5\n", "no column trial, search, status"),
-        (b"1,2\n3,4,5\n6,7,8,9,10\n", "not the results of a search"),
-    ],
-)
-def test_a_foreign_file_is_named(tmp_path, content, message):
-    path = tmp_path / "results.csv"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        plots.read_trials(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_search_without_results_and_a_dice_that_is_no_number(tmp_path):
-    with pytest.raises(UserError, match="not the results of a search"):
-        search(tmp_path, [trial(dice="good"), trial(dice=0.5)])
-    write_search(tmp_path / "search", [trial()])
-    with pytest.raises(UserError, match="none of its 1 trials has a test Dice yet"):
-        plots.draw_search(tmp_path / "search", tmp_path / "figures")
-
-
-def test_searches_that_share_a_folder_do_not_mix(tmp_path):
-    names = ("layers", "lambdas", "free", "mine", "theta lambdas", "table2", "")
-    trials = search(tmp_path, [trial("v3", "5", 0.5, search=name) for name in names])
-    for table, expected in (
-        ("lambdas", {"lambdas", "mine", "theta lambdas"}),
-        ("table 2", {"layers", "mine", "theta lambdas", "table2"}),
-    ):
-        [(about, part)] = plots.comparable(trials, table)
-        assert set(part["search"]) == expected and about == ""
-
-
-def test_only_comparable_trials_share_a_figure(tmp_path):
-    """Those that differ in what is compared, in seed or place, or in what one does not read."""
-    rows = [
-        trial("v1", "5", 0.60, seed=0, workers=1, phi="noise", noise_sigma=0.3),
-        trial("v1", "3", 0.50, seed=1, workers=2, phi="none"),  # reads no noise_sigma
-        trial("v1", "5", 0.10, lr=1e-2, phi="noise", noise_sigma=0.3),
-        trial("v1", "5", 0.20, phi="noise", noise_sigma=0.1),
-        trial("v1", "5", None, phi="noise", noise_sigma=0.1, lr=5e-5),  # waits
-    ]
-    trials = search(tmp_path, rows)
-    found = {about: sorted(part["trial"]) for about, part in plots.comparable(trials, "table 2")}
-    assert found == {
-        "noise_sigma 0.3, lr 0.001": ["t0", "t1"],
-        "noise_sigma 0.1, lr 0.001": ["t1", "t3"],
-        "noise_sigma 0.3, lr 0.01": ["t2"],
-        "noise_sigma 0.1, lr 5e-05": ["t4"],
-    }
-
-
-# --------------------------------------------------------------- Figs. 4-6 of the paper's Table 2
-
-
-def test_fig_5_draws_the_bold_numbers_of_table_2(tmp_path):
-    figure, said = plots.shared_curves(search(tmp_path, table_2()[::-1]))  # rows in any order
-    [axis] = figure.axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
-    assert lines == {
-        "v1": pytest.approx([62.75, 63.97, 64.57, 63.80, 63.09, 63.01, 62.72]),
-        "v2": pytest.approx([63.15, 64.28, 65.50, 64.08, 63.69, 63.29, 63.33]),
-        "v3": pytest.approx([63.33, 64.55, 65.91, 64.44, 64.00, 63.43, 63.34]),
-        "v4": pytest.approx([61.67, 63.78, 64.24, 63.64, 62.30, 63.99, 60.81]),
-    }
-    assert labels(axis) == ["{3}", "{4}", "{5}", "{6}", "{7}", "{4,5,6}", "{3,4,5,6,7}"]
-    assert said == axis.get_title(loc="right") == "1 seed" and "%" in axis.get_ylabel()
-    for look in ("get_color", "get_marker", "get_linestyle"):  # told apart in grey as well
-        assert len({getattr(line, look)() for line in axis.get_lines()}) == 4
-
-
-def test_fig_4_has_a_box_per_version_and_phi_over_all_sets(tmp_path):
-    figure, _ = plots.phi_boxes(search(tmp_path, table_2()))
-    [axis] = figure.axes
-    found = boxes(axis)
-    assert len(found) == 9  # v1, v2, v3, each plain, with noise, shuffled; no v4
-    assert found[0][1:] == pytest.approx((59.985, 62.07))  # v1, L2
-    assert [round(x) for x, *_ in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    expected = [61.92, 62.34, 63.09, 62.15, 62.62, 63.69, 62.78, 63.01, 64.00]
-    assert medians(axis) == pytest.approx(expected)
-    assert dots(axis)[8] == pytest.approx([63.33, 64.55, 65.91, 64.44, 64.00, 63.43, 63.34])
-    assert labels(axis) == ["v1", "v2", "v3"]
-    [legend] = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == ["L2", "L2 + noise", "L2 + shuffling"]
-    hatches = [p.get_hatch() for p in axis.patches[:3]]
-    assert len(set(hatches)) == 3
-    for patch, handle in zip(axis.patches[:3], legend.get_patches(), strict=True):
-        assert patch.get_facecolor() == handle.get_facecolor()
-        assert (patch.get_hatch() or "") * 2 == (handle.get_hatch() or "")
-
-
-def test_fig_6_boxes_hold_the_fixed_thetas_and_the_learned_one_is_beside(tmp_path):
-    figure, _ = plots.theta_boxes(search(tmp_path, table_2()))
-    [axis] = figure.axes
-    found = boxes(axis)
-    assert len(found) == 7 and found[2][1:] == pytest.approx((61.00, 64.22))  # L = {5}
-    assert medians(axis)[2] == pytest.approx(63.65)
-    assert dots(axis)[2] == pytest.approx([63.65, 64.24, 64.22, 58.43, 61.00])
-    [learned] = dots(axis, "*")
-    assert learned == pytest.approx([60.89, 60.94, 60.81, 58.48, 56.52, 59.63, 47.42])
-    whiskers = [line for line in axis.get_lines() if line.get_marker() in ("None", "")]
-    low = min(min(line.get_ydata()) for line in whiskers)
-    assert low == pytest.approx(56.15)  # whiskers reach the worst fixed θ, not the learned one
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["fixed θ, 0.1 to 0.5", "learned θ"]
-
-
-def test_an_unfinished_search_draws_what_is_there_and_counts_the_rest(tmp_path):
-    rows = table_2()
-    for row in rows:
-        if (row["version"], row["shared"]) == ("v3", "5"):
-            row |= {"status": "running", "test_dice": None}
-    del rows[0]  # a cell that is not even planned is missing too
-    trials = search(tmp_path, rows)
-    figure, said = plots.shared_curves(trials)
-    v3 = list(figure.axes[0].get_lines()[2].get_ydata())
-    assert np.isnan(v3[2]) and v3[3] == pytest.approx(64.44)
-    assert said == "1 seed; 4 of 105 cells missing"
-    figure, said = plots.phi_boxes(trials)
-    assert said == "1 seed; 4 of 63 cells missing"
-    assert [len(values) for values in dots(figure.axes[0])] == [6, 7, 7, 7, 7, 7, 6, 6, 6]
-    assert plots.theta_boxes(trials)[1] == "1 seed"
-
-
-def test_other_sets_follow_those_of_the_paper(tmp_path):
-    sets = ["none", "4 5", "8", "5", "4 5 6", "3"]
-    rows = [trial("v1", layers, 0.5 + i / 100) for i, layers in enumerate(sets)]
-    [axis] = plots.shared_curves(search(tmp_path, rows))[0].axes
-    assert labels(axis) == ["{3}", "{5}", "{4,5,6}", "none", "{8}", "{4,5}"]
-    assert list(axis.get_lines()[0].get_ydata()) == pytest.approx([55, 53, 54, 50, 52, 51])
-
-
-def test_brain_tumours_are_compared_by_the_whole_tumour(tmp_path):
-    rows = [
-        trial(
-            version, layers, None, kind="mri", phi="none", test_dice_whole=dice, test_dice_core=0.1
-        )
-        for version, layers, dice in (("v2", "5", 0.9), ("v2", "3", 0.8), ("v1", "5", 0.7))
-    ]
-    [axis] = plots.shared_curves(search(tmp_path, rows))[0].axes
-    v1, v2 = axis.get_lines()
-    assert list(v2.get_ydata()) == pytest.approx([80, 90]) and v1.get_ydata()[1] == 70
-    assert "whole tumour" in axis.get_ylabel()
-
-
-# ------------------------------------------------------------------ Fig. 1 of the supplement
-
-
-def lambda_rows(seeds=(0, 1)):
-    """v3 over the 5 x 5 grid; best at λ_rec 1e-4, λ_class 1e-2; seeds are 1 % around the mean."""
-    return [
-        trial(dice=0.6 - 0.01 * abs(i - 3) - 0.02 * abs(j - 1) + 0.01 * (2 * seed - 1) * side,
-              lambda_rec=rec, lambda_cls=cls, seed=seed)
-        for i, rec in enumerate(LAMBDAS)
-        for j, cls in enumerate(LAMBDAS)
-        for seed, side in zip(seeds, (1, 1), strict=False)
-    ]  # fmt: skip
-
-
-def test_lambda_map_shows_means_over_seeds_and_frames_the_best(tmp_path):
-    rows = lambda_rows()
-    lost = [r for r in rows if r["lambda_rec"] == 1e-1 and r["lambda_cls"] == 1e-5]
-    for row in lost:
-        row |= {"status": "failed", "test_dice": None}
-    rows += [trial("v2", "5", 0.99)]  # of another version
-    figure, said = plots.lambda_map(search(tmp_path, rows[::-1]))
-    axis, bar = figure.axes
-    values = axis.images[0].get_array()  # rows λ_class, columns λ_rec, both rising
-    away = np.abs(np.arange(5)[::-1] - 3), np.abs(np.arange(5)[::-1] - 1)
-    expected = 60 - away[0][None, :] - 2.0 * away[1][:, None]
-    assert values.mask.sum() == 1 and values.mask[0, 4]
-    np.testing.assert_allclose(values.compressed(), expected[~values.mask])
-    assert said == axis.get_title(loc="right") == "mean of 2 seeds; 1 of 25 cells missing"
-    [frame] = [p for p in axis.patches if isinstance(p, Rectangle)]
-    middle = frame.get_x() + frame.get_width() / 2, frame.get_y() + frame.get_height() / 2
-    assert middle == pytest.approx((1, 3))
-    assert labels(axis) == [f"$10^{{-{k}}}$" for k in (5, 4, 3, 2, 1)]
-    assert [t.get_text() for t in axis.get_yticklabels()] == labels(axis)
-    assert "rec" in axis.get_xlabel() and "class" in axis.get_ylabel()
-    assert axis.get_ylim() == (-0.5, 4.5)
-    texts = {t.get_position(): t for t in axis.texts}
-    assert texts[1, 3].get_text() == "60.00" and texts[1, 3].get_weight() == "bold"
-    assert texts[4, 0].get_text() == "" and texts[0, 0].get_text() == "53.00"
-    assert "Dice (%)" in bar.get_ylabel()
-
-
-def test_a_cell_with_fewer_seeds_counts_and_is_told(tmp_path):
-    rows = lambda_rows()
-    rows[1]["test_dice"] = None
-    figure, said = plots.lambda_map(search(tmp_path, rows))
-    assert said == "mean of 1 to 2 seeds"
-    assert figure.axes[0].images[0].get_array()[4, 4] == pytest.approx(54)  # seed 0 alone, 55 - 1
-
-
-def test_a_part_of_another_is_no_group(tmp_path):
-    """The second trial's λ_class parts it from the third, which reads no σ of the noise."""
-    rows = [
-        trial("v1", "5", 0.6, phi="noise", noise_sigma=0.3),
-        trial("v3", "5", 0.5, phi="noise", noise_sigma=0.5, lambda_cls=1e-1),
-        trial("v3", "5", 0.4, phi="none", lambda_cls=1e-5),
-    ]
-    parts = [part for _, part in plots.comparable(search(tmp_path, rows), "table 2")]
-    assert [list(part["trial"]) for part in parts] == [["t0", "t2"], ["t1"]]
-
-
-def test_brain_tumour_versions_share_a_figure_with_the_weights_that_are_their_own(tmp_path):
-    rows = [
-        trial(version, layers, None, kind="mri", phi="none", test_dice_whole=0.5, lambda_seg=weight)
-        for version, weight in (("v1", 1 / 3), ("v2", 1 / 3), ("v2-rec", 0.5))
-        for layers in ("3", "5")
-    ]
-    [(about, part)] = plots.comparable(search(tmp_path, rows), "table 2")
-    assert about == "" and len(part) == 6
-    rows[0]["lambda_seg"] = 0.1
-    assert len(plots.comparable(search(tmp_path, rows), "table 2")) == 3
-
-
-def test_figures_are_grouped_by_the_trials_that_they_draw(tmp_path):
-    """Neither v3_ct_only nor what v3 alone reads parts the figure of v4."""
-    rows = [trial("v4", s, 0.5, phi="none", theta=t) for s in ("3", "5") for t in ("0.1", "0.2")]
-    rows += [trial(dice=0.6, shuffle_count=n) for n in (1, 30)]
-    rows += [trial("v3_ct_only", dice=0.6, modality="ct")]
-    plots.draw_search(write_search(tmp_path / "search", rows), tmp_path / "out")
-    found = {path.stem for path in (tmp_path / "out").iterdir()}
-    assert found == {"fig5_shared-shuffle_count_1", "fig5_shared-shuffle_count_30", "fig6_theta"}
-
-
-def test_each_setting_has_its_own_figure(tmp_path, capsys):
-    rows = [trial("v1", s, d, lr=lr, seed=k) for s, d, lr, k in (
-        ("5", 0.60, 1e-3, 0), ("5", 0.64, 1e-3, 1), ("5", 0.65, 1e-2, 0), ("5", 0.55, 1e-2, 1),
-        ("3", 0.50, 1e-3, 0), ("3", 0.52, 1e-3, 1),
-    )]  # fmt: skip
-    trials = search(tmp_path, rows)
-    (about, part), (other, rest) = plots.comparable(trials, "table 2")
-    assert (about, other) == ("lr 0.001", "lr 0.01")
-    figure, said = plots.shared_curves(part, about)
-    assert list(figure.axes[0].get_lines()[0].get_ydata()) == pytest.approx([51, 62])
-    assert said == figure.axes[0].get_title(loc="right") == "mean of 2 seeds; lr 0.001"
-    plots.draw_search(tmp_path / "search", tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "fig5_shared-lr_0.001.png",
-        "fig5_shared-lr_0.001.pdf",
-    }
-    said = capsys.readouterr().out
-    assert "fig5_shared     not drawn: compares sets L, the search does not (lr 0.01)" in said
-
-
-# ------------------------------------------------------------------ files and the command
-
-
 def test_the_command_writes_what_the_search_compares(tmp_path, capsys):
-    folder = write_search(tmp_path / "search", table_2())
-    plots.run_command([str(folder)])
-    names = ["fig4_phi", "fig5_shared", "fig6_theta"]
-    found = {p.name for p in (folder / "figures").iterdir()}  # and no trial's folder is needed
-    assert found == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
-    for name in names:
-        picture = matplotlib.image.imread(folder / "figures" / f"{name}.png")
-        assert picture.shape[1] == 990 and picture[..., :3].std() > 0.05  # 3.3 in at 300 dpi
-        pdf = (folder / "figures" / f"{name}.pdf").read_bytes()
-        assert pdf.startswith(b"%PDF") and b"/CIDFontType2" in pdf and b"/Type3" not in pdf
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*names, "fig_s1_lambdas"]
-    assert "not drawn: compares λ of v3" in lines[3]
-    plots.run_command([str(write_search(folder, lambda_rows())), "--out", str(tmp_path / "out")])
-    assert {p.stem for p in (tmp_path / "out").iterdir()} == {"fig_s1_lambdas"}
+    rows = [("v4", 0.5 + t, {"theta": t, "shared": (3,)}) for t in (0.1, 0.2)]
+    plots.run_command([str(make_search(tmp_path, rows))])
+    stem = tmp_path / "figures" / "fig6_theta"
+    assert {*stem.parent.iterdir()} == {stem.with_suffix(".png"), stem.with_suffix(".pdf")}
+    picture, pdf = plots.plt.imread(f"{stem}.png"), stem.with_suffix(".pdf").read_bytes()
+    assert picture.shape[1] == 990 and picture[..., :3].std() > 0.05  # 3.3 in at 300 dpi
+    assert b"/CIDFontType2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
+    assert capsys.readouterr().out.splitlines() == [
+        f"fig6_theta      {stem}.png, .pdf   1 seed",
+        "fig_s1_lambdas  not drawn: compares λ of v3, the search does not",
+        "fig4_phi        not drawn: compares Φ, the search does not",
+        "fig5_shared     not drawn: compares sets L, the search does not",
+    ]
 
 
-def test_no_text_of_a_figure_is_cut_off_or_too_small(tmp_path):
-    rows = table_2() + [trial("v1", " ".join("12345678"[: n + 2]), 0.6) for n in range(3)]
-    trials = search(tmp_path, rows[1:])
-    grid = search(tmp_path, lambda_rows()[:-1])
-    about = "batch_size 8, weight_decay 1, lr 0.0001, schedule poly, clip 1"  # two lines with it
-    for table, _, draw in plots.SEARCH_FIGURES.values():
-        figure, _ = draw(grid if table == "lambdas" else trials, about)
-        figure.draw_without_rendering()
-        extent, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
-        assert min(extent.x0, extent.y0, width - extent.x1, height - extent.y1) >= 0
-        sizes = [n.get_fontsize() for n in figure.findobj(matplotlib.text.Text) if n.get_text()]
-        assert min(sizes) >= 6
-        for axis in figure.axes:
-            along = [t.get_window_extent() for t in axis.get_xticklabels() if t.get_text()]
-            assert all(a.x1 < b.x0 for a, b in zip(along, along[1:], strict=False))
+def test_each_group_of_comparable_trials_has_its_own_figure(tmp_path, capsys, monkeypatch):
+    drawn = {}  # neither v3_ct_only nor what v3 alone reads parts the figure of v4
+    monkeypatch.setattr(plots, "save", lambda f, *paths, dpi: drawn.update({paths[0].stem: f}))
+    rows = [("v4", 0.5, {"shared": (s,), "theta": t}) for s in (3, 5) for t in (0.1, 0.2)]
+    rows += [("v3", 0.6, {"shuffle_count": 30, "shared": (s,)}) for s in (3, 5)]
+    rows += [("v3", dice, {"shared": (5,), "seed": i}) for i, dice in enumerate((0.5, 0.7))]
+    rows += [("v3_ct_only", 0.6, {"shared": (s,)}) for s in (3, 5)]
+    plots.draw_search(make_search(tmp_path, rows), tmp_path / "out")
+    assert [*drawn] == ["fig5_shared-shuffle_count_1", "fig5_shared-shuffle_count_30", "fig6_theta"]
+    for figure, dices in zip(drawn.values(), ([np.nan, 60], [60, 60]), strict=False):
+        assert lines(figure.axes[0], label="v3") == [pytest.approx(dices, nan_ok=True)]
+    assert "compares Φ, the search does not (shuffle_count 1)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ([], "Give the folder of a search"),
-        (["{tmp}/search", "--qualitative", "x"], "Give the folder of a search"),
-        (["{tmp}/nowhere"], "nowhere/results.csv: No such file"),
-        (["{tmp}/search", "--study", "a"], "go with --qualitative"),
-        (["{tmp}/search", "--device", "cpu"], "go with --qualitative"),
-        (["{tmp}/search"], "no figure to draw"),
-        (["--qualitative", "{tmp}/search"], "say where to with --out"),
-        (["--qualitative", "{tmp}/search", "--out", "{tmp}/o"], "no such checkpoint"),
-    ],
-)
-def test_bad_commands_end_with_code_2(tmp_path, monkeypatch, capsys, arguments, message):
-    write_search(tmp_path / "search", [trial(dice=0.5)])
-    arguments = [a.format(tmp=tmp_path) for a in arguments]
-    monkeypatch.setattr(sys, "argv", ["plots.py", *arguments])
+BAD = [
+    ("", "Give the folder of a search"), ("@/search --qualitative x", "Give the folder of"),
+    ("@/nowhere", "nowhere: no trials of a search"), ("@/search --study a", "go with --qualita"),
+    ("@/search --device cpu", "go with --qualitative"), ("@/search", "no figure to draw of fig_s1"),
+    ("--qualitative @/search", "say where to with --out"),
+    ("--qualitative @/search --out @/o", "no such checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, message", BAD)
+def test_bad_commands_end_with_code_2(tmp_path, monkeypatch, capsys, command, message):
+    make_search(tmp_path / "search", [("v3", 0.5, {})])
+    monkeypatch.setattr(sys, "argv", ["plots.py", *command.replace("@", str(tmp_path)).split()])
     with pytest.raises(SystemExit) as stop:
-        plots.main()
+        runpy.run_path(plots.__file__, run_name="__main__")  # the script itself
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.startswith("error: ") and message in said.err
-    assert said.err.count("\n") == 1
-    assert not (tmp_path / "search" / "figures").exists() and not (tmp_path / "o").exists()
+    assert said.err.count("\n") == 1 and said.out == "" and not any(tmp_path.glob("**/*.png"))
 
 
-def test_the_script_itself(tmp_path):
-    command = [sys.executable, str(ROOT / "plots.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_curves_show_every_term_of_the_loss(tmp_path, monkeypatch):
+    rows = {"epoch": [1, 2], "lr": 1, "loss": [3, 2], "rec_ct": [1, 0.5], "organs": [2, -0.1]}
+    rows |= {"grad_rec_ct": [7, 8], "patches_per_s": 5.0, "data_wait": 0.5, "seconds": 1}
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path, **how: figures.append(figure))
+    for more in ({}, {"val_dice": [np.nan, 0.25], "val_seconds": 9}):
+        pd.DataFrame(rows | more).to_csv(tmp_path / "metrics.csv", index=False)
+        plots.curves(tmp_path)
+    drawn = [{n.get_label(): list(n.get_ydata()) for n in a.lines} for a in figures[1].axes]
+    assert drawn == [
+        {"rec_ct": [1, 0.5], "organs": [2, -0.1], "loss": [3, 2]}, {"val": [0.25]},
+        {"rec_ct": [7, 8]}, {"patches per second": [5, 5], "waiting for data, %": [50, 50]},
+    ]  # fmt: skip
+    assert figures[0].axes[0].get_yscale() == "symlog" and not figures[0].axes[1].lines
 
 
-# ---------------------------------------------------------------- Φ and the plane of Figs. 7 and 8
+def settings(kind="petct", **options):
+    config = Config(kind=kind, spacing=(2.0, 4.0, 3.0), patch=(16, 16, 16), overlap=0, amp="none",
+                    window_weights="constant", shuffle_edge=4, shuffle_count=2)  # fmt: skip
+    return replace(config, **options)
 
 
-def settings(phi, **options):
-    given = {"noise_sigma": 0.3, "shuffle_edge": 4, "shuffle_count": 2, "patch": (16, 16, 16)}
-    return SimpleNamespace(**{"phi": phi, "seed": 3} | given | options)
-
-
-def test_noise_of_a_study_has_the_largest_sigma():
-    image = np.random.default_rng(0).random((2, 32, 24, 40)).astype(np.float32)
+def test_phi_of_a_study_has_the_strength_of_training():
+    image = np.arange(2 * 64 * 48 * 64, dtype=np.float32).reshape(2, 64, 48, 64) / 1e5
     state = torch.random.get_rng_state()
-    seen, said = plots.phi_of_study(image, settings("noise"))
+    noisy, said = plots.phi_of_study(image, settings(phi="noise"))
+    assert (noisy[0] - image[0]).std() == pytest.approx(0.3, rel=0.02) and said == "noise, σ = 0.3"
+    assert (plots.phi_of_study(image, settings(phi="noise"))[0] == noisy).all()
     assert torch.equal(state, torch.random.get_rng_state())
-    assert (seen[0] - image[0]).std() == pytest.approx(0.3, rel=0.02) and "0.3" in said
-    np.testing.assert_array_equal(seen[1], image[1])
-    again, _ = plots.phi_of_study(image, settings("noise"))
-    other, _ = plots.phi_of_study(image, settings("noise", seed=4))
-    assert (again == seen).all() and not (other == seen).all()
-    plain, said = plots.phi_of_study(image, settings("none"))
-    assert (plain == image).all() and said == ""
-
-
-def test_shuffling_touches_the_share_of_a_training_crop():
-    image = np.arange(2 * 64 * 48 * 64, dtype=np.float32).reshape(2, 64, 48, 64)
-    seen, said = plots.phi_of_study(image, settings("shuffle"))
+    shuffled, said = plots.phi_of_study(image, settings(phi="shuffle"))
     assert said == "96 cubes of 4³"  # 2 of a crop of 16³, 48 crops' worth of voxels
-    touched = (seen[0] != image[0]).mean()
-    assert 0.8 * 2 * 64 / 16**3 < touched <= 2 * 64 / 16**3
-    np.testing.assert_array_equal(np.sort(seen[0], axis=None), image[0].ravel())
-    np.testing.assert_array_equal(seen[1], image[1])
-    thin = image[:, :3]  # thinner than a cube: cubes as large as fit
-    assert plots.phi_of_study(thin, settings("shuffle"))[1] == "11 cubes of 3³"
-    assert plots.phi_of_study(image[:, :8, :8, :8], settings("shuffle"))[1] == "1 cube of 4³"
-    assert plots.phi_of_study(thin, settings("shuffle", shuffle_count=0))[1] == "0 cubes of 3³"
+    assert 0.8 * 2 * 64 / 16**3 < (shuffled[0] != image[0]).mean() <= 2 * 64 / 16**3
+    np.testing.assert_array_equal(np.sort(shuffled[0], axis=None), np.sort(image[0], axis=None))
+    assert (noisy[1] == image[1]).all() and (shuffled[1] == image[1]).all()
+    thin = image[:, :3]  # its cubes are as large as fit
+    for part, n, said in ((thin, 2, "11 cubes of 3³"), (thin, 0, "0 cubes of 3³"),
+                          (image[:, :8, :8, :8], 2, "1 cube of 4³")):  # fmt: skip
+        assert plots.phi_of_study(part, settings(phi="shuffle", shuffle_count=n))[1] == said
 
 
 def test_the_plane_goes_through_the_largest_lesion():
     truth = np.zeros((20, 20, 20), np.uint8)
-    truth[2:5, 3:6, 2:6] = 1  # the largest: 36 voxels, and most of it in plane 4
-    truth[6, 4, 3], truth[5, 4, 3] = 1, 1
+    truth[2:5, 3:6, 2:6] = truth[5:7, 4, 3] = 1  # the largest: 38 voxels, and most in plane 4
     truth[::3, 15, ::3] = 2  # 49 voxels in one plane, each a lesion of its own
     assert plots.largest_lesion(truth, 1) == 4
     assert plots.largest_lesion(np.zeros_like(truth), 1) == 10
 
 
+X, Y, Z = np.meshgrid(np.arange(6), np.arange(7), np.arange(8), indexing="ij")
+CODE = (100 * X + 10 * Y + Z).astype(np.float32)
+
+
+class Fixed:
+    """A network that puts out the same maps (channels, 6, 7, 8) whatever it sees."""
+
+    def __init__(self, variant, maps):
+        self.variant, self.heads, self.eval = variant, ("seg", *variant.tasks), lambda: None
+        self.maps = {slot: torch.tensor(np.stack(m))[None].float() for slot, m in maps.items()}
+        self.theta = torch.tensor(0.4) if variant.fused else None
+
+    def __call__(self, ct, pet, heads):
+        return Output(**{name: self.maps[name] for name in heads})
+
+
+def row_of(variant, maps, kind="petct", label=0 * X, **options):
+    images = np.stack([CODE, CODE / 1000]) * ((X < 5) | (kind == "petct"))  # a head in air
+    arrays = {"images": images, "label": label.astype(np.uint8)}
+    case, given = SimpleNamespace(load=arrays.get), settings(kind, patch=(6, 7, 8))
+    return plots.study_row(Fixed(variant, maps), case, given, "cpu", **options)
+
+
 @pytest.mark.parametrize("kind", ["petct", "mri"])
-def test_a_view_cuts_every_map_in_the_plane_as_radiologists_look(monkeypatch, kind):
-    shape = (6, 7, 8)
-    x, y, z = np.meshgrid(*map(np.arange, shape), indexing="ij")
-    code = (100 * x + 10 * y + z).astype(np.float32)
-    label = np.zeros(shape, np.uint8)
-    label[1, 2, 5] = 2 if kind == "mri" else 1
-    case = Case({}, arrays={"images": np.stack([code, code + 1000]), "label": label})
-    version = "v2" if kind == "mri" else "v3"
-    model = SimpleNamespace(variant=plots.VARIANTS[kind][version])
-    margin = np.where(x == 3, 1.0, -1.0)[None].repeat(len(model.variant.classes), 0)
-    monkeypatch.setattr(plots, "all_outputs", lambda model, image, *a: {
-        "margin": margin.copy(), "pet_rec": image[:1] + 0.5,
-    })  # fmt: skip
-    config = SimpleNamespace(kind=kind, spacing=(2.0, 4.0, 3.0))
-    view = plots.View(model, case, config, None, np.stack([-code, code]))
+def test_a_row_cuts_every_map_in_the_plane_as_radiologists_look(kind):
+    label = np.where((X == 1) & (Y == 2) & (Z == 5), 2 if kind == "mri" else 1, 0)
+    logits = [0 * X, np.where(X == 3, 1, -1), 0 * X - 2][: 3 if kind == "mri" else 2]
+    variant = VARIANTS[kind]["v2-rec" if kind == "mri" else "v2"]
+    maps = {"ct": [CODE + 0.5], "pet": logits, "btl": [CODE + 0.25], "seg": logits}
+    row, at = row_of(variant, maps, kind, label, seen=np.stack([-CODE, CODE]), paper=True)
+    truth, found = row["truth"]["lines"], row["pet"]["lines"]
     if kind == "petct":  # stored L, A, S; the head is above and the patient's left at the right
-        assert view.at == 2 and view.aspect == 1.5
-        top_left, top_right, bottom_left = (0, 2, 7), (5, 2, 7), (0, 2, 0)
-        assert view.maps["true lesion"].sum() == 1 and view.maps["true lesion"][2, 1]
-        assert view.maps["found lesion"][:, 3].all() and view.maps["found lesion"].sum() == 8
+        assert at == 2 and truth["truth"].sum() == 1 and truth["truth"][2, 1]
+        assert found["prediction"][:, 3].all() and found["prediction"].sum() == 8
+        corners = {(0, 0): (0, 2, 7), (0, -1): (5, 2, 7), (-1, 0): (0, 2, 0)}
     else:  # stored R, A, S; the nose is above and the patient's left at the right
-        assert view.at == 5 and view.aspect == 2
-        top_left, top_right, bottom_left = (5, 6, 5), (0, 6, 5), (5, 0, 5)
-        assert view.maps["true core"][4, 4] and view.maps["true whole"].sum() == 1
-        assert not view.maps["true edema"].any() and view.maps["found whole"].sum() == 7
-    for corner, at in ((top_left, (0, 0)), (top_right, (0, -1)), (bottom_left, (-1, 0))):
-        value = code[corner]
-        assert view.maps["ct"][at] == value and view.maps["pet"][at] == value + 1000
-        assert view.maps["seen"][at] == -value and view.maps["pet_rec"][at] == -value + 0.5
+        assert at == 5 and truth["core"][4, 4] and not truth["edema"].any()
+        assert found["edema"][:, 2].all() and found["edema"].sum() == 7
+        corners = {(0, 1): (4, 6, 5), (0, -1): (0, 6, 5), (-1, 1): (4, 0, 5)}
+        assert (row["seen"]["image"][:, 0] == row["seen"]["image"].min()).all()  # black air
+    for place, voxel in corners.items():
+        shown, code = [row[n]["image"][place] for n in ("seen", "image", "ct", "btl")], CODE[voxel]
+        assert shown == [-code, code / 1000, code + 0.5, code + 0.25]
+    seen, image, ct, btl = (row[name]["colors"] for name in ("seen", "image", "ct", "btl"))
+    assert seen == ct != btl == image
 
 
-# ------------------------------------------------------------------ Figs. 7 and 8
+ROWS = [  # notes on the tasks of a version in examples.png and in the paper's figure; ! is final
+    ("petct", "v3", "ct=reconstruction pet=p(lesion) btl=PET_reconstruction",
+     "ct=reconstruction pet!=segmentation btl=PET_reconstruction"),
+    ("petct", "v4", "ct=p(lesion) pet=p(lesion) seg=p(lesion)",
+     "ct=segmentation pet=segmentation btl!=fused,_θ_=_0.4"),
+    ("mri", "v2", "ct=p(edema) pet=p(core) btl=p(whole)",
+     "ct=edema pet=core btl=whole union!=edema_∪_core"),
+    ("mri", "v2-rec", "ct=reconstruction pet=p(whole) btl=T1Gd_reconstruction",
+     "ct=reconstruction pet=edema_and_core btl=T1Gd_reconstruction union!=edema_∪_core"),
+]  # fmt: skip
 
 
-def untrained(folder, data, names, test, version, spacing, **options):
-    """A run as train.py leaves it, but for its training."""
-    config = train.Config(
-        version=version, data=str(data), cache=str(data.parent / "cache"), device="cpu", threads=1,
-        workers=0, amp="none", patch=(16, 16, 16), spacing=spacing, **options,
-    )  # fmt: skip
-    config = train.resolve(config, "mri" if spacing[0] == 1 else "petct", phantom=False)
-    folder.mkdir()
-    content = {"model": train.build_model(config).state_dict(), "epoch": 1, "val_dice": 0.5}
-    train.save_checkpoint(folder / "best.pt", content)
-    write_json(folder / "config.json", {"config": train.plain(config)})
-    rest = [name for name in names if name not in test]
-    write_json(folder / "splits.json", {"train": rest[:1], "val": rest[1:], "test": test})
-    return folder
+@pytest.mark.parametrize("kind, version, told, paper", ROWS)
+def test_a_row_has_a_panel_for_each_task(kind, version, told, paper):
+    variant, rng = VARIANTS[kind][version], np.random.default_rng(0)
+    maps = {s: rng.normal(size=(t.channels, 6, 7, 8)) for s, t in variant.tasks.items()}
+    maps["seg"] = rng.normal(size=(1 + len(variant.classes), 6, 7, 8))
+    for drawn, expected in ((False, f"{told} mask!="), (True, paper)):
+        row, at = row_of(variant, maps, kind, paper=drawn)
+        hot = [panel["lines"]["prediction"].sum() for n, panel in row.items() if n == "hot"]
+        suv_4 = (CODE >= 267).take(at, 1).sum()  # PET is CODE / 1000, and 1 is SUV 15
+        assert hot == [suv_4] * (kind == "petct" and not drawn)
+        found = {n: p for n, p in row.items() if n not in ("seen", "image", "hot", "truth")}
+        notes = [f"{n}{'!' * p.get('final', 0)}={p['note']}" for n, p in found.items()]
+        assert " ".join(note.replace(" ", "_") for note in notes) == expected
+        if "fused" in expected:
+            found["seg"] = found.pop("btl")
+        for slot in {*found} & {*maps}:  # what is drawn is of the slot
+            plane, panel = maps[slot].take(at, plots.LOOKS[kind].across + 1), found[slot]
+            image = 1 - 1 / np.exp(plane - plane[0]).sum(0) if len(plane) > 1 else plane[0]
+            for k, mask in enumerate(panel.get("lines", {}).values(), 1):
+                assert mask.sum() == (plane.argmax(0) == k).sum()
+            assert "lines" in panel or panel["image"].sum() == pytest.approx(image.sum(), 1e-4)
+        figure = plots.draw_grid([row], ["name"], settings(kind), drawn)
+        assert [a.spines["top"].get_visible() for a in figure.axes].count(True) == 1
+
+
+def test_a_task_with_other_classes_needs_no_change_here():
+    organs = Task("organs", ("liver", "spleen"), "p(organ)")
+    ct, pet = [0 * X, X - 2, 0 * X], [0 * X, 3 - X]
+    for target, seg, boxed in (
+        ("organs", pet, ["PET branch"]), ("mask", [*ct, pet[1]], ["CT branch", "PET branch"])
+    ):  # fmt: skip
+        variant = Variant(ct=replace(organs, target=target), pet=LESION)
+        row, _ = row_of(variant, {"ct": ct, "pet": pet, "seg": seg}, paper=True)
+        figure = plots.draw_grid([row], ["name"], settings(), paper=True)
+        assert [a.get_title() for a in figure.axes if a.spines["top"].get_visible()] == boxed
+        panel, outlines = row["ct"], texts(figure.legends[0].get_texts())
+        if target == "organs":  # of labels that the mask has not
+            assert panel["note"] == "p(organ)" and outlines == ["prediction"]
+            assert panel["image"][0, 5] == pytest.approx(1 - 1 / (2 + np.exp(3)))
+        else:
+            assert panel["note"] == "liver and spleen" and outlines == ["liver", "lesion"]
+            assert len({line.get_color() for line in figure.legends[0].get_lines()}) == 2
+
+
+def test_examples_of_compared_systems(cases, base, tmp_path, monkeypatch):
+    config, drawn = resolve(base, "petct", phantom=False), []
+    monkeypatch.setattr(plots, "save", lambda figure, path, **how: drawn.append(figure.axes))
+    for network, second in ((Weninger(), "bottleneck"), (Valindria(), "PET branch")):
+        plots.examples(tmp_path, network, cases, config, torch.device("cpu"), most=2)
+        titles = ["CT", "PET", "CT branch", second, "SUV ≥ 4", "prediction", "truth"]
+        assert texts(axis.title for axis in drawn.pop()) == [*titles, *[""] * 7]  # two rows
 
 
 @pytest.fixture(scope="module")
-def petct(tmp_path_factory):
-    """Untrained runs in a folder and their five studies; the third has the largest lesion."""
-    root = tmp_path_factory.mktemp("fig7")
-    for i in range(5):
-        arrays = petct_arrays(i, lesion=i > 0)
-        if i == 2:
-            arrays["SEG"][6:14, 4:12, 9:13] = 1
-        folder = root / "data" / f"PETCT_{i:010x}" / "01-01-2000-NA-PET-CT"
-        for stem, array in arrays.items():
-            write_nifti(folder / f"{stem}.nii.gz", array, las())
-    names = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in root.rglob("SUV.nii.gz"))
-    spacing = (4.0, 4.0, 5.0)
-    for version, phi in (("v1", "noise"), ("v1", "shuffle"), ("v2", "none"), ("v3", None)):
-        test = names[2:] if version == "v3" else names[1:4]
-        run = root / f"{version}-{phi or 'shuffle'}"
-        untrained(run, root / "data", names, test, version, spacing, phi=phi)
-    untrained(root / "v4", root / "data", names, names[1:4], "v4", spacing, theta=0.4, shared=())
-    untrained(root / "other", root / "data", names, names[:2], "v2", spacing)
-    untrained(root / "nnunet", root / "data", names, names[1:4], "nnunet", spacing)
-    untrained(root / "coarse", root / "data", names, names[1:4], "v2", (8.0, 8.0, 8.0))
+def runs(base, cases, tmp_path_factory):
+    """Untrained runs that test three studies each, and the names of all studies."""
+    root, names = tmp_path_factory.mktemp("runs"), sorted(case.name for case in cases)
+    for name, first, options in (
+        ("v1", 3, {"version": "v1"}), ("v2", 2, {"version": "v2", "phi": "none"}),
+        ("v4", 3, {"version": "v4", "phi": None, "theta": 0.3}), ("far", 6, {}),
+        ("ct", 3, {"version": "v3_ct_only"}), ("coarse", 3, {"spacing": (20.0, 20.0, 20.0)}),
+    ):  # fmt: skip
+        config = resolve(replace(base, **options), "petct", phantom=False)
+        (root / name).mkdir()
+        content = {"model": build_model(config).state_dict(), "epoch": 1}
+        save_checkpoint(root / name / "best.pt", content)
+        save_config(root / name, config, "cpu")
+        splits = {"train": [], "val": [], "test": names[first : first + 3]}
+        write_json(root / name / "splits.json", splits)
     return root, names
 
 
-def panels(figure, columns):
-    return np.array(figure.axes).reshape(-1, columns)
-
-
-def boxed(axis):
-    return any(spine.get_visible() for spine in axis.spines.values()) and axis.get_frame_on()
-
-
-def shown(axis):
-    return np.asarray(axis.images[0].get_array())
-
-
-def test_fig_7_has_a_row_per_run_in_the_papers_order(petct):
-    root, names = petct
-    order = ["v1-noise", "v1-shuffle", "v2-none", "v3-shuffle", "v4"]
-    figure, name, said = plots.qualitative([root / n for n in reversed(order)])
-    assert name == "fig7" and said.startswith(f"{names[2]}, coronal slice ")
-    axes = panels(figure, 6)
-    said_rows = [axis.get_ylabel() for axis in axes[:, 0]]
-    assert said_rows == ["v1-noise", "v1-shuffle", "v2", "v3-shuffle", "v4"]
-    titles = [axis.get_title().split("\n")[0] for axis in axes[0]]
-    assert titles == ["CT, Φ($x_C$)", "PET", "CT branch", "PET branch", "bottleneck", "truth"]
-    # the final segmentation: of the PET branch, for v4 fused; no other panel is in a box
-    assert [np.flatnonzero([boxed(a) for a in row]).tolist() for row in axes] == [[3]] * 4 + [[4]]
-    # v1 has neither a bottleneck decoder nor a fusion
-    assert [bool(row[4].images) for row in axes] == [False, False, True, True, True]
-    notes = [row[4].get_xlabel() for row in axes[2:]]
-    assert notes == ["reconstruction", "reconstruction", "fused, θ = 0.4"]
-
-    case, config, model = opened(root / "v1-noise", names[2])
-    image = np.asarray(case.load("images"), np.float32)
-    truth = np.asarray(case.load("label"))
-    at = int(said.split()[-1])
-    assert at == (truth > 0).sum((0, 2)).argmax()
-    seen, _ = plots.phi_of_study(image, config)
-    for row, ct in zip(axes, [seen, None, image, None, image], strict=True):
-        if ct is not None:
-            np.testing.assert_array_equal(shown(row[0]), np.rot90(ct[0][:, at]))
-        np.testing.assert_array_equal(shown(row[1]), np.rot90(image[1][:, at]))
-    # the CT branch undoes the noise that is shown beside it
-    out = plots.all_outputs(model, seen, config, torch.device("cpu"))
-    np.testing.assert_allclose(shown(axes[0, 2]), np.rot90(out["ct_rec"][0][:, at]), atol=1e-6)
+def test_fig_7_has_a_row_per_run_in_the_papers_order(runs, cases):
+    root, names = runs
+    figure, name, said = plots.qualitative([root / n for n in ("v4", "v2", "v1")])
+    largest = max(cases, key=lambda c: (c.name in names[3:5], c.meta["lesion_voxels"]))
+    assert name == "fig7" and said.startswith(f"{largest.name}, coronal slice ")
+    axes = np.array(figure.axes).reshape(3, 6)
+    assert texts(a.yaxis.label for a in axes[:, 0]) == ["v1-noise", "v2", "v4"]
+    titles = ["CT, Φ($x_C$)", "PET", "CT branch", "PET branch", "bottleneckor fused", "truth"]
+    assert texts(a.title for a in axes[0]) == titles
+    assert [a.axison and bool(a.images) for a in axes[:, 4]] == [False, True, True]
+    boxed = [[a.images and a.spines["top"].get_visible() for a in row] for row in axes]
+    assert [row.index(True) for row in boxed] == [3, 3, 4]
+    assert axes[0, 0].get_xlabel() == "noise, σ = 0.3"
+    images, at = np.asarray(largest.load("images"), np.float32), int(said.split()[-1])
+    model, config, *_ = load_run(root / "v1", "best", {})
+    seen, _ = plots.phi_of_study(images, config)  # whose noise the CT branch undoes
+    out = plots.all_outputs(model, seen, config, torch.device("cpu"))["ct"]
+    for axis, shown in ((axes[0, 0], seen[0]), (axes[1, 0], images[0]), (axes[0, 2], out[0])):
+        np.testing.assert_allclose(axis.images[0].get_array(), np.rot90(shown[:, at]), atol=1e-6)
     assert figure.get_figwidth() <= 7.001 and figure.get_figheight() <= 8.801
 
 
-def opened(run, study):
-    model, config, _, _ = evaluation.load_run(run, "best", {})
-    config, cases = train.open_data(config, lambda text: None)
-    return next(case for case in cases if case.name == study), config, model
-
-
-def fake_view(version, kind="petct"):
-    """A View of 4 x 4 maps that differ from each other."""
-    view = plots.View.__new__(plots.View)
-    view.kind, view.variant, view.aspect, view.at = kind, plots.VARIANTS[kind][version], 1.0, 0
-    heads = {"v1": ["ct_rec", "pet_seg"], "v2": ["ct_rec", "pet_seg", "pet_rec"],
-             "v4": ["ct_seg", "pet_seg", "fused"]}  # fmt: skip
-    if kind == "mri":
-        heads = {"v1": ["ct_seg", "pet_seg"], "v2": ["ct_seg", "pet_seg", "btl_seg"],
-                 "v2-rec": ["ct_rec", "pet_seg", "pet_rec"]}  # fmt: skip
-    masks = ["lesion"] if kind == "petct" else ["edema", "core", "whole"]
-    names = ["ct", "pet", "seen", *heads[version]]
-    names += [f"{of} {mask}" for of in ("found", "true") for mask in masks]
-    rng = np.random.default_rng(0)
-    view.maps = {name: rng.random((4, 4)) for name in names}
-    for name in names:
-        if " " in name:
-            view.maps[name] = view.maps[name] > 0.5
-    view.head = np.ones((4, 4), bool)
-    return view
-
-
-def test_masks_of_fig_7():
-    for version, at in (("v1", 3), ("v2", 3), ("v4", 4)):
-        view = fake_view(version)
-        row = plots.petct_row(view, "", "θ = 0.2")
-        assert row[at]["lines"] == {"prediction": view.maps["found lesion"]}  # identity: `is`
-        assert row[at]["image"] is view.maps["pet"] and row[5]["image"] is view.maps["pet"]
-        assert row[5]["lines"] == {"truth": view.maps["true lesion"]}
-        assert row[0]["image"] is view.maps["seen"] and row[1]["image"] is view.maps["pet"]
-    for at, name in ((2, "ct_seg"), (3, "pet_seg")):  # of v4
-        np.testing.assert_array_equal(row[at]["lines"]["prediction"], view.maps[name] > 0.5)
-        assert row[at]["image"] is view.maps[name[:-4]]
-
-
-@pytest.mark.parametrize("version", ["v1", "v2", "v2-rec"])
-def test_masks_of_fig_8(version):
-    view = fake_view(version, "mri")
-    row = plots.mri_row(view, "", "")
-    maps = view.maps
-    assert len(row) == 7 and [p["final"] for p in row if p].count(True) == 1 and row[5]["final"]
-    assert row[5]["lines"] == {"whole": maps["found whole"]}
-    assert row[6]["lines"] == {"edema": maps["true edema"], "core": maps["true core"]}
-    np.testing.assert_array_equal(row[0]["image"], maps["seen"])
-    both = {"edema": maps["found edema"], "core": maps["found core"]}
-    if version == "v2-rec":
-        np.testing.assert_array_equal(row[2]["image"], maps["ct_rec"])
-        assert row[3]["lines"] == both and row[4]["image"] is maps["pet_rec"]
-    else:
-        assert row[2]["lines"] == {"edema": both["edema"]} and "core" in row[3]["lines"]
-        assert row[3]["lines"] == {"core": both["core"]}
-        np.testing.assert_array_equal(row[3]["image"], maps["pet"])
-        assert (row[4] is None) == (version == "v1")
-    if version == "v2":
-        np.testing.assert_array_equal(row[4]["lines"]["whole"], maps["btl_seg"] > 0.5)
-
-
-def test_mri_backgrounds_are_black_and_reconstructions_have_the_scale_of_their_originals():
-    view = fake_view("v2-rec", "mri")
-    view.head[0, 0] = False
-    panels = {name: view.panel(name) for name in ("ct", "seen", "ct_rec", "pet", "pet_rec")}
-    for name, panel in panels.items():
-        low = panel["span"][0]
-        corner = view.maps[name][0, 0] if name.endswith("rec") else low
-        assert panel["image"][0, 0] == corner and panel["image"][1, 1] == view.maps[name][1, 1]
-    assert panels["ct_rec"]["span"] == panels["ct"]["span"] == panels["seen"]["span"]
-    assert panels["pet_rec"]["span"] == panels["pet"]["span"] != panels["ct"]["span"]
-
-
-def test_the_study_can_be_chosen_among_those_all_runs_test(petct, tmp_path, capsys):
-    root, names = petct
-    runs = [str(root / n) for n in ("v2-none", "v3-shuffle")]
-    plots.run_command(["--qualitative", *runs, "--study", names[3], "--out", str(tmp_path / "o")])
-    assert f"   {names[3]}, coronal slice" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "o").iterdir()} == {"fig7.png", "fig7.pdf"}
-    for outside in (names[1], names[4], "nobody"):  # each tested by one of the two at most
-        with pytest.raises(UserError, match=f"--study {outside}: not in the test part"):
-            plots.qualitative([Path(run) for run in runs], outside)
-
-
-def test_two_runs_of_one_kind_are_told_apart_by_their_names(petct, tmp_path):
-    root, _ = petct
+def test_runs_that_do_not_go_together_and_the_choice_of_the_study(runs, tmp_path):
+    root, names = runs
     (tmp_path / "again").symlink_to(root / "v4")
-    figure, *_ = plots.qualitative([root / "v4", tmp_path / "again"])
-    assert [axis.get_ylabel() for axis in panels(figure, 6)[:, 0]] == ["v4", "again"]
-
-
-@pytest.mark.parametrize(
-    "second, message",
-    [
-        ("other", "No study is in the test part of all"),
-        ("nnunet", "is no Mirror U-Net"),
-        ("coarse", "kind or spacing differ"),
-        ("nowhere", "no such checkpoint"),
-    ],
-)
-def test_runs_that_do_not_go_together(petct, second, message):
-    root, _ = petct
-    with pytest.raises(UserError, match=message):
-        plots.qualitative([root / "v3-shuffle", root / second])
-
-
-def test_fig_8_has_a_row_per_brain_tumour_run(msd, tmp_path):
-    data, names = msd(3), [f"BRATS_{i:03d}" for i in range(1, 4)]
-    runs = [
-        untrained(tmp_path / version, data, names, names[2:], version, (1.0, 1.0, 1.0))
-        for version in ("v2-rec", "v2", "v1")
-    ]
-    figure, name, said = plots.qualitative(runs)
-    plots.publish(figure, tmp_path, name)
-    picture = matplotlib.image.imread(tmp_path / "fig8.png")
-    assert picture.shape[1] == pytest.approx(2100, abs=2)  # 7 in at 300 dpi
-    axes = panels(figure, 7)
-    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["v1", "v2", "v2-rec-shuffle"]
-    assert name == "fig8" and said.startswith("BRATS_003, axial slice ")
-    assert [[boxed(a) for a in row].index(True) for row in axes] == [5, 5, 5]
-    assert [bool(row[4].images) for row in axes] == [False, True, True]
+    figure, _, said = plots.qualitative([root / "v4", tmp_path / "again"], names[3])
+    found = [text for text in texts(a.yaxis.label for a in figure.axes) if text]
+    assert found == ["v4", "again"] and said.startswith(names[3])
+    for second, study, message in (
+        ("far", None, "No study is in the test part of all"), ("ct", None, "is no Mirror U-Net"),
+        ("coarse", None, "kind or spacing differ"), ("nowhere", None, "no such checkpoint"),
+        ("v2", names[5], f"--study {names[5]}: not in the test part"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            plots.qualitative([root / "v1", root / second], study)

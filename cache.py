@@ -1,0 +1,388 @@
+"""Preprocessing of a study (Sec. 3.4), and the cache that keeps it for training, memory-mapped.
+
+Arrays are (W, H, D) in the order of the anatomical axes that `Preprocessing.axes` names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+
+from files import UserError, atomic, progress, write_json
+from studies import BadStudy, Finding, Found, Study, Volume, read_study
+
+CACHE_FORMAT = 2  # raise it when the content of the cache changes
+IMPOSSIBLE_SUV = 5000.0  # even a full bladder or an injection site stays far below
+THRESHOLD_SUV = 4.0  # the row "SUV ≥ 4 threshold" of the evaluation
+
+# ------------------------------------------------------------------ preprocessing (Sec. 3.4)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything that shapes the cached arrays; all of it is in the cache's key."""
+
+    kind: str
+    spacing: tuple[float, float, float]  # mm, along `axes`
+    axes: str  # anatomical direction of rising index: L(eft) A(nterior) S(uperior), ...
+    clip: tuple[tuple[float, float], tuple[float, float]] | None  # HU, SUV; None: no units, z-score
+    margin_mm: float = 10.0  # kept around the body
+    body_suv: float = 0.2  # the body is the box of voxels above it; air lies below, skin above
+    threshold_suv: float = THRESHOLD_SUV
+    format: int = CACHE_FORMAT
+
+
+PREPROCESSING = {
+    "petct": Preprocessing("petct", (2.0, 2.0, 3.0), "LAS", ((-100.0, 250.0), (0.0, 15.0))),
+    "mri": Preprocessing("mri", (1.0, 1.0, 1.0), "RAS", None),
+}
+
+
+def preprocessing(config) -> Preprocessing:
+    """The preprocessing of a resolved Config: its kind's, at its spacing."""
+    return replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
+
+
+def interpolate(image: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:
+    """Linear interpolation of float32 `image` along one axis, clamped at its borders."""
+    last = image.shape[axis] - 1
+    positions = np.clip(positions, 0, last)
+    if len(positions) == last + 1 and np.allclose(positions, np.arange(last + 1), atol=1e-6):
+        return image
+    low = np.minimum(positions.astype(np.int64), max(last - 1, 0))
+    weight = (positions - low).astype(np.float32)
+    below = image.take(low, axis)
+    above = image.take(np.minimum(low + 1, last), axis)
+    above -= below
+    above *= weight.reshape([-1 if a == axis else 1 for a in range(3)])
+    below += above
+    return below
+
+
+def resample(image: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
+    """Linear resampling at the grid of `positions`, in voxels per axis; axis by axis, which is
+    exact because the map between two grids with the same axes is diagonal."""
+    for axis in sorted(range(3), key=lambda a: len(positions[a]) / image.shape[a]):  # shrink first
+        image = interpolate(image, axis, positions[axis])
+    return image
+
+
+def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
+    """Where the new grid samples the old one, in old voxels; both start at the same centre.
+
+    The count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels.
+    """
+    grids = zip(shape, spacing, new_spacing, strict=True)
+    return [np.arange(round((n - 1) * s / t + 1)) * (t / s) for n, s, t in grids]
+
+
+def body_box(body: np.ndarray, margin) -> list[list[int]]:
+    """[start, stop] per axis of the True voxels, grown by `margin` voxels within the volume."""
+    box = []
+    for axis, count in enumerate(body.shape):
+        inside = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
+        grow = int(margin[axis])
+        box.append([max(int(inside[0]) - grow, 0), min(int(inside[-1]) + 1 + grow, count)])
+    return box
+
+
+def body_mask(study: Study, volumes: dict[str, Volume], settings: Preprocessing) -> np.ndarray:
+    """Where the body is, on the files' grid. Raises BadStudy if nowhere or if PET is not SUV."""
+    pet = volumes["pet"].data
+    if settings.clip is None:
+        body = (pet != 0) | (volumes["ct"].data != 0)
+        remedy = "Give skull-stripped images with background 0, as the Decathlon has them"
+    else:
+        if (highest := float(pet.max())) > IMPOSSIBLE_SUV:
+            found = f"values up to {highest:.6g} are not SUV in g/ml (Bq/ml?)"
+            remedy = "Convert it to SUV by body weight first"
+            raise BadStudy(Finding(str(study.pet.path), found, remedy))
+        body = pet > settings.body_suv
+        remedy = f"SUV in g/ml exceed {settings.body_suv} in a body; give SUV, not Bq/ml or zeros"
+    if not body.any():
+        raise BadStudy(Finding(str(study.pet.path), "no body found, the image is empty", remedy))
+    return body
+
+
+def zscore(image: np.ndarray) -> np.ndarray:
+    """Zero mean, unit variance over the brain (voxels that are not 0); the rest stays 0."""
+    brain = image != 0
+    values = image[brain].astype(np.float64)
+    scaled = np.zeros_like(image)
+    scaled[brain] = (values - values.mean()) / max(values.std(), 1e-8) if len(values) else 0
+    return scaled
+
+
+def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndarray], dict]:
+    """Read, check, crop to the body, resample and scale one study (Sec. 3.4).
+
+    Returns arrays and meta. Arrays: images float16 (2, W, H, D), CT first; and, with a mask, label
+    uint8 (W, H, D), lesion uint32 flat indices of its foreground, native_label uint32 and
+    native_class uint8 (the mask on the file's grid, as flat indices in Fortran order), and for
+    PET/CT native_hot, the voxels with SUV >= THRESHOLD_SUV. Raises BadStudy.
+    """
+    volumes = read_study(study)
+    pet, affine = volumes["pet"]
+    to_axes = orientations.ornt_transform(
+        nib.io_orientation(affine), orientations.axcodes2ornt(settings.axes)
+    )
+    turn = partial(orientations.apply_orientation, ornt=to_axes)
+    turned_affine = affine @ orientations.inv_ornt_aff(to_axes, pet.shape)
+    spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
+    margin = np.ceil(settings.margin_mm / spacing)
+    box = body_box(turn(body_mask(study, volumes, settings)), margin)
+    crop, counts = tuple(slice(*b) for b in box), [stop - start for start, stop in box]
+    positions = grid_positions(counts, spacing, settings.spacing)
+    plain = np.asfortranarray(turn(pet), np.float32)  # however the file stores it
+    meta = {
+        "name": study.name, "patient": study.patient, "lesion_voxels": None,
+        "digest": hashlib.blake2b(plain.T, digest_size=16).hexdigest(),
+        "shape": [len(p) for p in positions], "spacing": list(settings.spacing),
+        "native_shape": [int(n) for n in pet.shape], "native_spacing": spacing.tolist(),
+        "native_affine": affine.tolist(), "to_axes": to_axes.tolist(), "box": box,
+    }  # fmt: skip
+    del plain
+    arrays = {}
+    if study.label:
+        label = volumes.pop("label").data
+        arrays = native_mask(label, pet, settings)
+        meta["lesion_voxels"] = len(arrays["native_label"])
+        last = zip(positions, counts, strict=True)
+        nearest = [np.minimum(np.rint(p).astype(np.int64), n - 1) for p, n in last]
+        arrays["label"] = np.ascontiguousarray(turn(label)[crop][np.ix_(*nearest)])
+        arrays["lesion"] = np.flatnonzero(arrays["label"]).astype(np.uint32)
+        del label
+    del pet
+    arrays["images"] = np.empty((2, *meta["shape"]), np.float16)
+    for i, slot in enumerate(("ct", "pet")):
+        image = turn(volumes.pop(slot).data)[crop].astype(np.float32, order="C")
+        image = resample(image, positions)
+        if settings.clip is None:
+            image = zscore(image)
+        else:
+            low, high = settings.clip[i]
+            np.clip(image, low, high, out=image)
+            image -= low
+            image /= high - low
+        arrays["images"][i] = image
+    return arrays, meta
+
+
+def native_mask(label: np.ndarray, pet: np.ndarray, settings: Preprocessing) -> dict:
+    """A mask and, if `pet` is SUV, its hot voxels, as flat indices in Fortran order."""
+    plain = label.ravel(order="F")
+    flat = np.flatnonzero(plain)
+    arrays = {"native_label": flat.astype(np.uint32), "native_class": plain[flat]}
+    if settings.clip is not None:
+        hot = pet.ravel(order="F") >= settings.threshold_suv
+        arrays["native_hot"] = np.flatnonzero(hot).astype(np.uint32)
+    return arrays
+
+
+def to_native(meta: dict, margin: np.ndarray, classify: Callable) -> np.ndarray:
+    """Map margins (K, W, H, D) on the cached grid to a uint8 label map on the study's own grid.
+
+    Each margin is interpolated linearly; `classify` turns (K, w, h, d) into classes; outside the
+    body box the answer is 0.
+    """
+    box, spacing = meta["box"], meta["native_spacing"]
+    steps = zip(spacing, meta["spacing"], box, strict=True)
+    positions = [np.arange(stop - start) * (s / t) for s, t, (start, stop) in steps]
+    inside = np.stack([resample(m.astype(np.float32, copy=False), positions) for m in margin])
+    to_axes = np.array(meta["to_axes"])
+    turned = [meta["native_shape"][a] for a in np.argsort(to_axes[:, 0])]
+    full = np.zeros(turned, np.uint8)
+    full[tuple(slice(*b) for b in box)] = classify(inside)
+    back = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_axes)
+    return orientations.apply_orientation(full, back)
+
+
+# ------------------------------------------------------------------ the cache
+
+
+@dataclass(frozen=True)
+class Case:
+    """One preprocessed study: `meta`, and its arrays memory-mapped below `folder`."""
+
+    meta: dict
+    folder: Path | None = None
+
+    name = property(lambda self: self.meta["name"])
+    patient = property(lambda self: self.meta["patient"])
+    has_lesion = property(lambda self: bool(self.meta["lesion_voxels"]))
+
+    def load(self, array: str) -> np.ndarray:
+        """One of the arrays of `preprocess`. Mapped anew each time, so that nothing is kept."""
+        with open(self.folder / f"{array}.npy", "rb") as file:  # five times as fast as np.load
+            dtype, start, shape, order = npy_header(file.read(128))
+            return np.memmap(file, dtype, "r", start, shape, order)
+
+    def native(self, array: str, values=1) -> np.ndarray:
+        """A mask on the study's own grid, uint8, from flat indices: native_label or native_hot."""
+        full = np.zeros(int(np.prod(self.meta["native_shape"])), np.uint8)
+        full[self.load(array)] = values
+        return full.reshape(self.meta["native_shape"], order="F")
+
+
+@lru_cache(maxsize=4096)
+def npy_header(raw: bytes) -> tuple:
+    """Type, first byte of the data, shape and order of an array, from the head of its .npy file."""
+    file = io.BytesIO(raw)
+    np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return dtype, file.tell(), shape, "F" if fortran else "C"
+
+
+def stamps(study: Study) -> dict[str, list]:
+    """What a study is made of: name, channel, size and time of the file of each slot, and the
+    classes. A later start compares it instead of reading."""
+    found = {"classes": [list(pair) for pair in study.classes]}
+    for slot, source in study.sources.items():
+        stat = source.path.stat()
+        found[slot] = [source.path.name, source.channel, stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
+    """cache/<name>-<key>; the key holds the data folder and every setting of the preprocessing."""
+    root = Path(root).resolve()
+    key = json.dumps([str(root), asdict(settings)], sort_keys=True)
+    return Path(cache) / f"{root.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def cached_case(folder: Path, study: Study) -> Case | None:
+    """The cached study if it is complete and was made from the files as they are now."""
+    with suppress(OSError, ValueError, KeyError):
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["sources"] == stamps(study):
+            return Case(meta, folder)
+    return None
+
+
+def fill_cache(study: Study, settings: Preprocessing, folder: Path) -> list[Finding]:
+    """Preprocess one study into `folder`, which appears complete or not at all; the findings."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        sources = stamps(study)
+        arrays, meta = preprocess(study, settings)
+        temporary.mkdir(parents=True, exist_ok=True)
+        for name, array in arrays.items():
+            with atomic(temporary / f"{name}.npy") as file:
+                np.save(file, array)
+        write_json(temporary / "meta.json", meta | {"sources": sources})
+        if folder.exists():  # made from other versions of the files
+            stale = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.replace(folder, stale)
+            shutil.rmtree(stale, ignore_errors=True)
+        with suppress(OSError):  # another process was faster: take its
+            os.replace(temporary, folder)
+        if cached_case(folder, study):
+            return []
+        found, remedy = "changed while it was read", "Start again"
+    except BadStudy as error:
+        shutil.rmtree(folder, ignore_errors=True)  # a version that an earlier check passed
+        return error.findings
+    except Exception as error:  # the others shall still be checked
+        found = f"cannot be preprocessed ({type(error).__name__}: {error})"
+        remedy = "Check the space and permissions of --cache, and the memory (fewer --workers)"
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [Finding(str(study.pet.path), found, remedy)]
+
+
+def most_bytes(study: Study, settings: Preprocessing) -> int:
+    """Upper bound of a cached study from its header: as if the body filled the volume."""
+    with suppress(Exception):  # unreadable: the check will say so
+        header = nib.load(study.pet.path).header
+        extent = np.array(header.get_data_shape()[:3]) * np.abs(header.get_zooms()[:3])
+        return int(np.prod(np.ceil(extent / settings.spacing)) * 5)  # two float16 and a uint8
+    return 0
+
+
+def make_room(base: Path) -> None:
+    """The cache's folder, without what a killed process left in it a day ago or earlier."""
+    base.mkdir(parents=True, exist_ok=True)
+    for leftover in (*base.glob(".*.tmp"), *base.glob(".*.old")):
+        if time.time() - leftover.stat().st_mtime > 86400:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def run_parallel(todo: list[Study], settings, folders: dict, workers: int) -> list[Finding]:
+    """fill_cache for all studies, `workers` at a time, with a progress bar; all findings.
+
+    In threads: unpacking, resampling and writing leave Python's lock to others, and nothing
+    survives a killed process.
+    """
+    findings, pool = [], ThreadPoolExecutor(max(1, workers))
+    try:
+        jobs = [pool.submit(fill_cache, s, settings, folders[s.name]) for s in todo]
+        for job in progress(as_completed(jobs), "preprocess", "study", len(jobs)):
+            findings += job.result()
+    finally:  # Ctrl-C: the studies in hand are finished, the others not begun
+        pool.shutdown(cancel_futures=True)
+    return findings
+
+
+def same_images(cases: list[Case], studies: list[Study]) -> dict[str, Finding]:
+    """A finding for each case, by name, whose image is that of another with an earlier name."""
+    first, findings = {}, {}
+    paths = {study.name: str(study.pet.path) for study in studies}
+    for case in sorted(cases, key=lambda c: c.name):
+        other = first.setdefault(case.meta["digest"], case)
+        if other is not case:
+            found = f"duplicate case: the same image as {other.name}"
+            findings[case.name] = Finding(paths[case.name], found, "Keep one of the two")
+    return findings
+
+
+def prepare(
+    root: Path, found: Found, settings, cache, workers=2, check=False, skip_bad=False, say=print
+) -> list[Case]:
+    """Every study of `found` from the cache, preprocessing what is not there yet.
+
+    The input check is part of that one read; `check` reads everything again. All studies are gone
+    through before the bad ones are reported. Raises UserError if there are any, unless `skip_bad`.
+    """
+    base = cache_folder(cache, root, settings)
+    folders = {s.name: base / s.name.replace("/", "__") for s in found.studies}
+    cases = {s.name: None if check else cached_case(folders[s.name], s) for s in found.studies}
+    todo = [s for s in found.studies if cases[s.name] is None]
+    findings = list(found.findings)
+    if todo:
+        size = sum(most_bytes(study, settings) for study in todo)
+        make_room(base)
+        free = shutil.disk_usage(base).free
+        room = f"at most {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
+        say(f"cache      {base}: {len(todo)} of {len(cases)} studies to read, {room}")
+        write_json(base / "settings.json", {"data": str(Path(root).resolve()), **asdict(settings)})
+        findings += run_parallel(todo, settings, folders, workers)
+        cases |= {study.name: cached_case(folders[study.name], study) for study in todo}
+    read = [case for case in cases.values() if case]
+    twice = same_images(read, found.studies)
+    good = [case for case in read if case.name not in twice]
+    findings += twice.values()
+    if findings:
+        bad = len({finding.file for finding in findings})
+        lines = "\n".join(f"  {finding}" for finding in sorted(findings))
+        if not skip_bad:
+            raise UserError(
+                f"the input check found {len(findings)} problems in {bad} files; {len(good)} "
+                f"studies are fine:\n{lines}\n"
+                "Mend them, or leave their studies out with --skip-bad."
+            )
+        say(f"left out   {len(findings)} problems in {bad} files (--skip-bad):\n{lines}")
+    return good

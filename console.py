@@ -1,0 +1,77 @@
+"""What a run says while it trains: progress bar, a line per epoch, TensorBoard events, curves."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plots import curves
+from runs import seconds_of, terms_of
+
+
+def tensorboard(run: Path, start: int):
+    """A TensorBoard writer that hides what an interrupted run logged after epoch `start`."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:  # the events are an extra; metrics.csv holds the same numbers
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+
+
+def log_epoch(writer, row: dict) -> None:
+    for name, value in row.items() if writer else ():
+        if name != "epoch":
+            group = "gradient" if name.startswith("grad_") else "train"
+            writer.add_scalar(f"{group}/{name.removeprefix('grad_')}", value, row["epoch"])
+    if writer:
+        writer.flush()
+
+
+class Log:
+    """The progress bar, a line per epoch, TensorBoard events and, every few minutes, curves.png."""
+
+    def __init__(self, run: Path, start: int, epochs: int, crops: int, main: bool):
+        """start: epochs done before; crops: of one epoch; main: of several ranks, the one that
+        speaks."""
+        self.run, self.start, self.epochs, self.main = run, start, epochs, main
+        self.drawn = time.perf_counter()
+        self.writer = tensorboard(run, start) if main and start < epochs else None
+        total = (epochs - start) * crops
+        hidden = None if main else True
+        self.bar = tqdm(total=total, unit="patch", leave=False, disable=hidden)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+    def tell(self, rows: list[dict]) -> None:
+        """Tell the last of the rows of metrics.csv."""
+        if not self.main:
+            return
+        row = rows[-1]
+        log_epoch(self.writer, row)
+        done = row["epoch"] - self.start
+        left = seconds_of(rows[-done:]) / done * (self.epochs - row["epoch"])
+        tqdm.write(epoch_line(row, left, heading=done == 1))
+        if time.perf_counter() - self.drawn > 180:  # a figure takes a second or two
+            curves(self.run)
+            self.drawn = time.perf_counter()
+
+
+def epoch_line(row: dict, left: float, heading: bool) -> str:
+    """One aligned line per epoch, under a heading before the first; left: seconds to the end."""
+    terms = terms_of(row)
+    head = f"{'epoch':>5}{'loss':>9}" + "".join(f"{term:>11}" for term in terms)
+    head += f"{'val Dice':>10}{'patches/s':>11}{'wait':>6}{'left':>9}"
+    line = f"{row['epoch']:>5}{row['loss']:>9.4f}" + "".join(f"{row[t]:>11.4f}" for t in terms)
+    dice = f"{row['val_dice']:.4f}" if "val_dice" in row else ""
+    line += f"{dice:>10}{row['patches_per_s']:>11.1f}{row['data_wait']:>6.0%}"
+    line += f"{timedelta(seconds=round(left))!s:>9}"
+    return f"{head}\n{line}" if heading else line

@@ -1,0 +1,116 @@
+"""The machine: which device, which precision, and the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from config import Config
+from files import UserError
+from mirror_unet import Network
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that --device names; auto takes CUDA, then MPS, then the CPU."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+        raise UserError(f"--device {name}: torch {torch.__version__} sees none. Use --device cpu.")
+    if name == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
+def choose_amp(config: Config, device: torch.device, network: type[Network] = Network) -> Config:
+    """Settle --amp for the device. Raises UserError for what would train on garbage."""
+    amp = config.amp
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
+    if amp == "bf16" and device.type == "cpu" and min(config.patch) < network.bf16_least:
+        raise UserError(
+            f"--amp bf16 with --patch {config.patch} on the CPU: torch computes wrong gradients "
+            f"for sides below {network.bf16_least}. Use --amp none."
+        )
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU. Use --amp none on the CPU.")
+    return replace(config, amp=amp)
+
+
+def autocast(device: torch.device, amp: str):
+    """Mixed precision for the forward pass: amp "none", "bf16" or "fp16"."""
+    if amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
+
+
+class Ranks:
+    """The processes that torchrun started; alone, rank 0 of 1."""
+
+    def __init__(self, device: torch.device):
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.main = self.rank == 0
+        self.say = print if self.main else lambda text: None
+        if self.world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            # the others wait while rank 0 preprocesses, which may take hours
+            dist.init_process_group(backend, timeout=timedelta(days=2))
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def gather(self, rows: list) -> list:
+        """The rows of all ranks, in the order of the undivided list."""
+        if self.world == 1:
+            return rows
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Give every rank the mean of the batch norms' running statistics."""
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                self.mean(buffer)
+
+    def first(self, action: Callable):
+        """The result of `action` on rank 0, sent to every rank."""
+        result = [action() if self.main else None]
+        if self.world > 1:
+            dist.broadcast_object_list(result)
+        return result[0]
+
+    def parallel(self, model: Network, device: torch.device, compiled: bool) -> nn.Module:
+        """The network as the loop calls it: data-parallel under torchrun, compiled if asked."""
+        net: nn.Module = model
+        if self.world > 1:
+            # buffers are averaged before validation instead (average_buffers)
+            net = nn.parallel.DistributedDataParallel(
+                net,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=model.alternates,
+            )
+        if compiled:
+            # losses.gradient_norms walks the graph before backward() does
+            torch._functorch.config.donated_buffer = False
+            net = torch.compile(net)
+        return net

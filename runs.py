@@ -1,0 +1,392 @@
+"""What a run folder holds and how it is opened; what a search folder holds.
+
+A run: config.json, splits.json, metrics.csv, last.pt, best.pt and, after the last epoch,
+summary.json and test_studies.csv. A search: a run folder for each trial, with its trial.json, and
+results.csv.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import scipy
+import torch
+
+from cache import Case, prepare, preprocessing
+from config import (
+    OPTIONS,
+    Config,
+    as_config,
+    check,
+    in_words,
+    mirror_version,
+    plain,
+    reads,
+    resolve,
+    system_of,
+)
+from data import make_splits, read_splits
+from devices import choose_amp, choose_device
+from files import UserError, atomic, progress, read_json, write_json
+from losses import LOSSES
+from mirror_unet import MirrorUNet, Network
+from phantom import PHANTOM, write_phantom
+from studies import find_studies
+
+# ------------------------------------------------------------------ what a config stands for
+
+
+def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Config, list[Case]]:
+    """Find, check and preprocess the studies; the config resolved for their kind.
+
+    Without config.data the simulated cohort is written on first use. Raises UserError.
+    """
+    root = Path(config.data or PHANTOM)
+    if config.data is None and not root.exists():
+        say(f"data       no --data given: writing a simulated PET/CT cohort to {root}")
+        write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
+    found = find_studies(root)
+    config = resolve(config, found.kind, phantom=config.data is None)
+    cases = prepare(
+        root, found, preprocessing(config), Path(config.cache), config.workers, config.check,
+        config.skip_bad, say,
+    )  # fmt: skip
+    patients = len({case.patient for case in cases})
+    ill = sum(case.has_lesion for case in cases)
+    simulated = ", simulated" if config.data is None else ""
+    say(
+        f"data       {root} ({found.layout}{simulated}): {len(cases)} studies of {patients} "
+        f"patients, {ill} with a lesion"
+    )
+    if not found.patients_known:
+        say("           names do not tell the patient: each case counts as one; see --splits")
+    return config, cases
+
+
+def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[str, list[str]]:
+    """The splits of the run that goes on, if any, else those of --splits, else folds by patient."""
+    given = run / "splits.json" if run else config.splits
+    if given:
+        return read_splits(Path(given), cases)
+    return make_splits(cases, config.folds, config.fold, config.split_seed)
+
+
+def digest(content) -> str:
+    """Eight letters that tell settings or splits apart."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def build_model(config: Config) -> Network:
+    """The seeded network of a resolved config. Raises UserError if the patch does not fit it."""
+    torch.manual_seed(config.seed)
+    if system := system_of(config):
+        model = system.build(config)
+    else:
+        theta = 0.2 if config.theta is None else config.theta
+        model = MirrorUNet(
+            mirror_version(config), config.shared, config.kind, theta, config.bottleneck,
+            config.norm, config.classifier, config.channels,
+        )  # fmt: skip
+    if any(side % model.stride or side < model.least for side in config.patch):
+        raise UserError(
+            f"--patch {config.patch}: {config.version} takes sides that divide by {model.stride} "
+            f"and are at least {model.least}."
+        )
+    return model
+
+
+def loss_function(config: Config) -> Callable:
+    """The loss of a resolved config: an equation of the paper, or that of a compared system."""
+    system = system_of(config)
+    return system.loss if system else LOSSES[config.kind][mirror_version(config)]
+
+
+def name_run(config: Config) -> Path:
+    """runs/<version>-L<layers>, with a number behind it if that is taken; systems have no L."""
+    layers = "" if system_of(config) else f"-L{''.join(map(str, config.shared)) or 'none'}"
+    base = Path("runs") / f"{config.version}{layers}"
+    names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10000))]
+    return next(path for path in names if not (path / "config.json").exists())
+
+
+# ------------------------------------------------------------------ the files of a run
+
+
+class Busy(UserError):
+    """Another process is writing the folder."""
+
+
+@contextlib.contextmanager
+def only_writer(run: Path):
+    """Hold the folder's lock, which the system frees when the process ends, however it does.
+
+    Raises Busy if another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+b") as file:
+        try:  # not flock: child processes would inherit it and outlive a killed run by seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Busy(
+                f"{run}: another process is writing this run. Wait for it, or use another --out."
+            ) from None
+        yield
+
+
+def save_config(run: Path, config: Config, device: str, **more) -> None:
+    """config.json: the options, the device, versions and the git commit that made the run."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:  # git is not installed
+            return ""
+
+    changed = "+changes" if git("status", "--porcelain", "-uno") else ""
+    about = {
+        "commit": git("rev-parse", "HEAD") + changed,
+        "python": platform.python_version(),
+        **{m.__name__: str(m.__version__) for m in (torch, np, scipy, nibabel, pd)},
+        "platform": platform.platform(),
+    }
+    write_json(run / "config.json", {"config": plain(config), "ran_on": device, **more, **about})
+
+
+def saved_config(run: Path) -> Config:
+    """The config of a run folder. Raises UserError if it is missing or not one of ours."""
+    saved = read_json(run / "config.json")
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise UserError(f"{run / 'config.json'}: holds no config. Restore it, or train anew.")
+    try:
+        return as_config(saved["config"])
+    except UserError as error:
+        raise UserError(f"{run / 'config.json'}: {error}") from None
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    with atomic(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of plain types and tensors. Raises UserError if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not test the checksums
+            if file.testzip():
+                raise ValueError("its checksum is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not {"model", "epoch"} <= content.keys():
+            raise ValueError("it holds no network")
+        return content
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint. Train the run first.") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason}).") from None
+
+
+def write_metrics(run: Path, rows: list[dict]) -> None:
+    """metrics.csv: a row per epoch; empty where an epoch has no such value."""
+    with atomic(run / "metrics.csv") as file:
+        file.write(pd.DataFrame(rows).to_csv(index=False).encode())
+
+
+def read_metrics(run: Path, epochs: int) -> list[dict]:
+    """The rows of metrics.csv up to `epochs`, the last epoch that last.pt holds."""
+    path = run / "metrics.csv"
+    if not path.exists():
+        return []
+    rows = pd.read_csv(path).query("epoch <= @epochs").to_dict("records")
+    return [{k: v for k, v in row.items() if not pd.isna(v)} for row in rows]
+
+
+def seconds_of(rows: list[dict]) -> float:
+    """How long the epochs of these rows of metrics.csv took, with their validation."""
+    return sum(row["seconds"] + row.get("val_seconds", 0) for row in rows)
+
+
+def most_gpu_memory(rows: list[dict]) -> float | None:
+    """The most MB that an epoch of these rows took on a GPU, None without one."""
+    return max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None
+
+
+def terms_of(names) -> list[str]:
+    """The weighted loss terms among the columns of metrics.csv: all that is nothing else."""
+    others = {"epoch", "lr", "loss", "theta", "patches_per_s", "data_wait", "seconds"}
+    return [n for n in names if n not in others and not n.startswith(("grad_", "val_", "gpu_"))]
+
+
+def is_finished(run: Path, epochs: int) -> bool:
+    """Whether the run has the test results of so many epochs."""
+    summary = run / "summary.json"
+    return summary.exists() and read_json(summary).get("epochs") == epochs
+
+
+def can_go_on(run: Path, config: Config) -> bool:
+    """Whether the run goes on from what it has. Raises UserError rather than overwrite or mix."""
+    for leftover in run.glob(".*.tmp"):  # of a process that was killed while writing
+        leftover.unlink()
+    last, best = run / "last.pt", run / "best.pt"
+    ended = [name for name in ("summary.json", "stopped.json") if (run / name).exists()]
+    if not (last.exists() or ended):
+        return False
+    if not config.resume:
+        raise UserError(f"{run}: holds a run already. Add --resume, or choose another --out.")
+    if not last.exists() and not is_finished(run, config.epochs):
+        raise UserError(
+            f"{run}: has {ended[0]} but no last.pt to go on from (a search removes it when a "
+            "trial ends). Use another --out."
+        )
+    checkpoint = load_checkpoint(last if last.exists() else best)
+    saved, now = checkpoint["config"], plain(config, weights_only=True)
+    if changed := sorted(k for k in saved if saved[k] != now.get(k)):
+        what = "; ".join(f"{k} was {saved[k]}, now {now.get(k)}" for k in changed)
+        raise UserError(f"{run}: a run goes on with its own settings ({what}). Use another --out.")
+    before = saved_config(run).epochs
+    if config.schedule in ("poly", "cosine") and before != config.epochs:
+        raise UserError(
+            f"{run}: --schedule {config.schedule} was laid out for {before} epochs; going on to "
+            f"{config.epochs} would be neither. Use another --out."
+        )
+    if checkpoint["epoch"] > config.epochs:
+        raise UserError(
+            f"{run}: has {checkpoint['epoch']} epochs already, more than --epochs {config.epochs}."
+        )
+    return True
+
+
+def result_of(run: Path) -> dict:
+    """What train() returns, from the summary.json of a finished run."""
+    summary = read_json(run / "summary.json")
+    means = {name: value["mean"] for name, value in summary["systems"]["model"].items()}
+    told = {name: summary[name] for name in ("epochs", "val_dice")}
+    return {"run": str(run), **told, "test": means}
+
+
+def load_run(run: Path, checkpoint: str, given: dict):
+    """Model, config, device and checkpoint of a trained run, with the options `given` in place of
+    the run's. checkpoint: "best" or "last". Raises UserError."""
+    weights = load_checkpoint(run / f"{checkpoint}.pt")
+    dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
+    weights["val_dice"] = None if math.isnan(dice_then) else dice_then
+    config = replace(saved_config(run), **given)
+    config = resolve(config, config.kind, phantom=config.data is None)
+    device = choose_device(config.device)
+    if "amp" not in given and device.type != read_json(run / "config.json").get("ran_on"):
+        config = replace(config, amp="auto")  # trained on another kind of device
+    model = build_model(config)
+    config = choose_amp(config, device, model)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        model.load_state_dict(weights["model"])
+    except RuntimeError:
+        raise UserError(
+            f"{run / checkpoint}.pt: its network is not that of config.json. Do not mix runs."
+        ) from None
+    return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
+
+
+# ------------------------------------------------------------------ the files of a search
+
+ENDED = ("done", "stopped")
+SETTINGS = [name for name in OPTIONS if name not in ("out", "resume", "check")]
+OUTCOME = ("epochs_done", "val_dice", "seconds", "gpu_memory_mb")
+
+
+def look(run: Path, epochs: int) -> dict:
+    """What a trial's folder says: its status and why, and what came out so far.
+
+    Whatever is wrong with the files of one trial, it must not end the search or the report.
+    """
+    found = dict.fromkeys(OUTCOME) | {"reason": "", "epochs_done": 0}
+    try:
+        if is_finished(run, epochs):
+            summary = read_json(run / "summary.json")
+            found |= {name: summary.get(name) for name in OUTCOME} | {"epochs_done": epochs}
+            means = summary["systems"]["model"].items()
+            found |= {f"test_{name}": value["mean"] for name, value in means}
+            return found | {"status": "done"}
+        if rows := read_metrics(run, epochs):
+            found |= {
+                "epochs_done": rows[-1]["epoch"],
+                "val_dice": max((r["val_dice"] for r in rows if "val_dice" in r), default=None),
+                "seconds": round(seconds_of(rows), 1),
+                "gpu_memory_mb": most_gpu_memory(rows),
+            }
+        if (run / "stopped.json").exists():
+            reason = f"by ASHA after epoch {read_json(run / 'stopped.json')['epoch']}"
+            return found | {"status": "stopped", "reason": reason}
+        if (run / "failed.txt").exists():
+            first = (run / "failed.txt").read_text(errors="replace").partition("\n")[0]
+            return found | {"status": "failed", "reason": first}
+        return found | {"status": "unfinished" if (run / "config.json").exists() else "waiting"}
+    except Exception as error:
+        reason = f"damaged folder: {type(error).__name__}: {error}".splitlines()[0]
+        return found | {"status": "failed", "reason": reason}
+
+
+def read_record(run: Path) -> dict:
+    """trial.json: the searches that asked for the trial, its config and a hash of its studies.
+
+    Raises UserError.
+    """
+    record = read_json(run / "trial.json")
+    try:
+        return record | {"config": check(as_config(record["config"]))}
+    except (TypeError, KeyError, AttributeError, UserError):
+        raise UserError(
+            f"{run / 'trial.json'}: not a trial's record. The search's command writes it again."
+        ) from None
+
+
+def row_of(run: Path) -> dict:
+    """A row of results.csv: every setting that the trial reads, what came out, and the folder.
+
+    Beside it `config`, None where trial.json is damaged.
+    """
+    row = {"trial": run.name, "search": "unknown", "status": "failed", "reason": ""}
+    row |= dict.fromkeys((*SETTINGS, "studies", *OUTCOME, "config"))
+    try:
+        record = read_record(run)
+    except UserError as error:
+        return row | {"reason": f"damaged folder: {error}"}
+    config = record["config"]
+    used = reads(config, config.kind)
+    row |= {n: in_words(getattr(config, n)) for n in SETTINGS if used[n] or n == "phi"}
+    row |= {"search": " ".join(record["searches"]), "studies": record["studies"]}
+    return row | {"config": config} | look(run, config.epochs)
+
+
+def read_trials(folder: Path, running=()) -> pd.DataFrame:
+    """The trials of a search folder, a row each as row_of has it; results.csv is written of them.
+
+    running: names of trials that train now. `dice` is added to what is returned: the test Dice in
+    %, for MRI of the whole tumour. Raises UserError if the folder holds no trials.
+    """
+    trials = pd.DataFrame([row_of(f.parent) for f in sorted(folder.glob("*/trial.json"))])
+    if trials.empty:
+        raise UserError(f"{folder}: no trials of a search. Give the folder of one.")
+    now = trials["trial"].isin(list(running)) & ~trials["status"].isin(ENDED)
+    trials.loc[now, ["status", "reason"]] = "running", ""
+    with contextlib.suppress(OSError), atomic(folder / "results.csv") as file:  # or the next time
+        file.write(trials.drop(columns="config").to_csv(index=False).encode())
+    trials["dice"] = np.nan
+    for name in ("test_dice", "test_dice_whole"):
+        if name in trials:
+            trials["dice"] = trials["dice"].fillna(100 * trials[name].astype(float))
+    return trials

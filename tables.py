@@ -1,0 +1,458 @@
+"""The paper's Tables 2-5 and the λ grid of its supplement beside ours, from run folders.
+
+From top to bottom: how a table is printed, the metrics of a run, which runs may share a table, the
+tables of a search, Tables 3-5. Numbers only; plots.py draws some of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cache import THRESHOLD_SUV
+from config import OPTIONS, in_words, key_of, resolve
+from files import UserError, atomic, read_json
+from runs import digest, read_trials, saved_config
+
+
+def aligned(rows: list[list[str]], markdown: bool = False) -> str:
+    """Rows of text, the heading first, as a table: the first column left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if markdown:
+        rows = [rows[0], ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])], *rows[1:]]
+    lines = []
+    for first, *others in rows:
+        right = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        cells = [first.ljust(widths[0]), *right]
+        lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------ the metrics of a run
+
+THRESHOLD = f"SUV ≥ {THRESHOLD_SUV:g} threshold"
+# Whose mask a study's metrics are of, and the prefix of their columns.
+SYSTEMS = {"model": "", "CT branch": "ct_", "PET branch": "pet_", THRESHOLD: "suv4_"}
+
+
+def mean(values: pd.Series, ill: pd.Series) -> dict:
+    n = len(values)
+    std = float(values.std(ddof=1)) if n > 1 else None
+    return {"mean": float(values.mean()) if n else None, "std": std, "n": n}
+
+
+def accuracy(scores: pd.Series, ill: pd.Series) -> dict:
+    return {"mean": float(((scores > 0.5) == ill).mean()), "n": len(scores)}
+
+
+def auc(scores: pd.Series, ill: pd.Series) -> dict:
+    """The area under the ROC curve; None if all studies, or none, have a lesion."""
+    pairs = int(ill.sum() * (~ill).sum())
+    area = float(stats.mannwhitneyu(scores[ill], scores[~ill])[0] / pairs) if pairs else None
+    return {"mean": area, "n": len(scores)}
+
+
+class Metric(NamedTuple):
+    """A column of the tables of results.
+
+    column: of <part>_studies.csv, {} for a prefix of SYSTEMS. whom: of "all" studies, the "ill",
+    with a lesion, or the "healthy". average: of their values, also given which of them are ill.
+    """
+
+    name: str
+    title: str
+    column: str
+    whom: str = "all"
+    average: Callable = mean
+
+
+METRICS = (
+    Metric("dice", "Dice", "{}dice", "ill"),
+    Metric("fpv_ml", "FPV ml", "{}fpv_ml"),
+    Metric("fpv_healthy_ml", "healthy FPV ml", "{}fpv_ml", "healthy"),
+    Metric("fnv_ml", "FNV ml", "{}fnv_ml", "ill"),
+    Metric("mtv_pred_ml", "MTV ml", "{}mtv_pred_ml", "ill"),
+    Metric("mtv_true_ml", "true MTV ml", "mtv_true_ml", "ill"),
+    Metric("tumor_accuracy", "T accuracy", "{}tumor_score", average=accuracy),
+    Metric("tumor_auc", "T AUC", "{}tumor_score", average=auc),
+)
+RULES = {  # by a metric that they are about
+    "fpv_ml": "Dice, FNV, MTV: studies with a lesion (n). FPV: all studies; a false alarm in a "
+    "healthy study counts there. Empty masks as in AutoPET 2022; the studies' own grid.",
+    "dice_whole": "Dice; whole = core ∪ edema. A class absent from mask and prediction is left out "
+    "(n).",
+}
+
+
+def metrics_of(names) -> dict[str, Metric]:
+    """METRICS by name, and one for each class whose Dice, dice_<class>, is among the names."""
+    known = {metric.name: metric for metric in METRICS}
+    classes = [name for name in names if name.startswith("dice_") and name not in known]
+    return known | {name: Metric(name, name.removeprefix("dice_"), "{}" + name) for name in classes}
+
+
+def counted(studies: pd.DataFrame, metric: Metric, prefix: str = "") -> pd.Series:
+    """The values that count for a metric: those of its studies, where there is one."""
+    ill = studies["has_lesion"].astype(bool)
+    chosen = {"all": ill | True, "ill": ill, "healthy": ~ill}[metric.whom]
+    return studies.loc[chosen, metric.column.format(prefix)].dropna().astype(float)
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Means over studies with their counts: {system: {metric: {"mean", "std", "n"}}}."""
+    studies, summary = pd.DataFrame(rows), {}
+    for system, prefix in SYSTEMS.items():
+        if not studies.columns.str.startswith(prefix).any():
+            continue
+        summary[system] = {}
+        for name, metric in metrics_of(studies).items():
+            if metric.column.format(prefix) in studies:
+                values = counted(studies, metric, prefix)
+                ill = studies["has_lesion"].astype(bool)[values.index]
+                summary[system][name] = metric.average(values, ill)
+    return summary
+
+
+def rule_of(names) -> str:
+    return "\n".join(rule for name, rule in RULES.items() if name in names)
+
+
+def results_table(systems: dict[str, dict]) -> str:
+    """A row per system, mean and (n) per metric, and the rule for empty masks."""
+    names = dict.fromkeys(name for own in systems.values() for name in own)
+    shown = {name: metric.title for name, metric in metrics_of(names).items() if name in names}
+
+    def cell(value: dict) -> str:
+        return "-" if value.get("mean") is None else f"{value['mean']:.3f} ({value['n']})"
+
+    rows = [[system, *(cell(own.get(n, {})) for n in shown)] for system, own in systems.items()]
+    return f"{aligned([['', *shown.values()], *rows])}\n{rule_of(names)}"
+
+
+def rows_of(name: str, summary: dict) -> dict[str, dict]:
+    """The rows of results_table for one run: the model under the run's name, then the others."""
+    return {name if system == "model" else system: values for system, values in summary.items()}
+
+
+# ------------------------------------------------------------------ which runs may share a table
+
+
+def comparable(runs: pd.DataFrame, compared) -> list[tuple[str, pd.DataFrame]]:
+    """Groups of runs that differ in nothing but `compared`, their seeds and what a launch decides.
+
+    runs: with the columns `config`, resolved (None where it is damaged: left out), and `studies`, a
+    hash of the splits. compared: names of options. Returns what parts a group from the others, in
+    words, and its rows; those whose options are the usual ones come first.
+    """
+    groups: dict[tuple, list] = {}
+    for run in runs[runs["config"].notna()].itertuples():
+        more = {name: getattr(run.config, name) for name in ("version", "recipe", "fold")}
+        key = key_of(run.config) | more | {"studies": run.studies}
+        key = tuple((name, value) for name, value in key.items() if name not in compared)
+        groups.setdefault(key, []).append(run.Index)
+    options = (*OPTIONS, "studies")
+    parting = [name for name in options if len({dict(key).get(name) for key in groups}) > 1]
+    found = []
+    for key in sorted(groups, key=len):
+        part, words = runs.loc[groups[key]], []
+        for name in parting:  # not in the key: the version's default, None if it does not read it
+            values = [dict(key).get(name), *(getattr(c, name, None) for c in part["config"])]
+            words.append(f"{name} {in_words(next((v for v in values if v is not None), None))}")
+        found.append((", ".join(words), part))
+    return found
+
+
+# ------------------------------------------------------------------ the tables of a search
+
+SHARED = [(3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7)]  # Table 2, Fig. 3
+SETS = [in_words(shared) for shared in SHARED]
+VERSIONS = ("v1", "v2", "v2-rec", "v3", "v4")
+PHIS = {"none": "L2", "noise": "L2 + noise", "shuffle": "L2 + shuffling"}  # names of Table 2
+# Table 2 of the paper, Dice in percent: a row per training, in the order of SHARED.
+PAPER_TABLE2 = {
+    ("v1", "none"): (57.39, 62.88, 61.92, 61.91, 62.06, 62.08, 58.06),
+    ("v1", "noise"): (59.76, 62.83, 62.34, 62.21, 62.65, 62.36, 60.86),
+    ("v1", "shuffle"): (62.75, 63.97, 64.57, 63.80, 63.09, 63.01, 62.72),
+    ("v2", "none"): (58.42, 63.34, 62.15, 61.74, 62.24, 62.49, 59.00),
+    ("v2", "noise"): (59.96, 64.00, 62.62, 62.21, 62.85, 63.01, 61.44),
+    ("v2", "shuffle"): (63.15, 64.28, 65.50, 64.08, 63.69, 63.29, 63.33),
+    ("v3", "none"): (59.12, 63.36, 62.78, 62.25, 63.01, 63.22, 60.01),
+    ("v3", "noise"): (60.23, 64.33, 63.01, 62.89, 63.22, 63.30, 60.51),
+    ("v3", "shuffle"): (63.33, 64.55, 65.91, 64.44, 64.00, 63.43, 63.34),
+    ("v4", "0.1"): (59.61, 63.78, 63.65, 63.23, 60.58, 61.79, 60.81),
+    ("v4", "0.2"): (58.65, 62.66, 64.24, 63.35, 62.30, 63.99, 56.79),
+    ("v4", "0.3"): (61.67, 63.76, 64.22, 62.26, 61.89, 61.33, 58.21),
+    ("v4", "0.4"): (58.95, 62.93, 58.43, 63.64, 56.15, 60.69, 59.40),
+    ("v4", "0.5"): (59.86, 61.84, 61.00, 62.48, 60.38, 60.51, 57.79),
+    ("v4", "learn"): (60.89, 60.94, 60.81, 58.48, 56.52, 59.63, 47.42),
+}
+
+
+def set_order(layers: str) -> tuple:
+    """Sorts the sets L: the paper's as in Table 2, then others by size."""
+    known = SETS.index(layers) if layers in SETS else len(SETS)
+    return known, layers != "none", len(layers), layers
+
+
+def dice_table(trials: pd.DataFrame, rows: list[str], column: str, about: str = ""):
+    """Test Dice in % of `trials` by `rows` and `column`, the mean over seeds, NaN where missing.
+
+    Also in words: how many seeds and missing cells, and `about`. Raises UserError without a Dice.
+    """
+    cells = trials.groupby([*rows, column])["dice"]
+    table, seeds = cells.mean().unstack(column), cells.count()
+    if not seeds.any():
+        raise UserError("its trials have no test Dice yet")
+    low, high, gaps = seeds[seeds > 0].min(), seeds.max(), table.isna().sum().sum()
+    few = f"{low} to " if low < high else ""
+    said = "1 seed" if high == 1 else f"mean of {few}{high} seeds"
+    missing = f"{gaps} of {table.size} cells missing" if gaps else ""
+    return table, "; ".join(filter(None, (said, missing, about)))
+
+
+def table_2(trials: pd.DataFrame, about: str = "") -> tuple[pd.DataFrame, str]:
+    """Table 2: rows (version, Φ or, where it is read, θ), columns the sets L; as dice_table."""
+    trials = trials.assign(method=trials["theta"].fillna(trials["phi"]))
+    table, said = dice_table(trials, ["version", "method"], "shared", about)
+    return table[sorted(table, key=set_order)], said
+
+
+def lambda_grid(trials: pd.DataFrame, about: str = "") -> tuple[pd.DataFrame, str]:
+    """Supplement Fig. 1: rows λ_rec, columns λ_cls, both rising; as dice_table."""
+    trials = trials.astype({"lambda_rec": float, "lambda_cls": float})
+    return dice_table(trials, ["lambda_rec"], "lambda_cls", about)
+
+
+def marked(values, of_all: str = "**", of_column: str = "*") -> list[list[str]]:
+    """Numbers as text; the best of all, and those of each column, have a mark behind them."""
+    values = np.array(values, float)
+    best = np.nan_to_num(values, nan=-np.inf).max(axis=0)
+
+    def text(value: float, top: float) -> str:
+        mark = of_all if value == best.max() else of_column if value == top else ""
+        return "–" if np.isnan(value) else f"{value:.2f}{mark}"
+
+    return [list(map(text, row, best)) for row in values]
+
+
+def table_2_text(trials: pd.DataFrame, about: str) -> str:
+    """Table 2, here and in the paper, with the marks of its bold and underlined figures."""
+    table, said = table_2(trials, about)
+    table = table.reindex(index=pd.MultiIndex.from_tuples(PAPER_TABLE2), columns=SETS)
+    rows = [["", *(f"{{{layers.replace(' ', ',')}}}" for layers in SETS)]]
+    for version in dict.fromkeys(version for version, _ in PAPER_TABLE2):
+        keys = [key for key in PAPER_TABLE2 if key[0] == version]
+        ours, papers = marked(table.loc[keys]), marked([PAPER_TABLE2[key] for key in keys])
+        for (_, method), own, theirs in zip(keys, ours, papers, strict=True):
+            name = (PHIS | {"learn": "learned θ"}).get(method, f"θ = {method}")
+            rows.append([f"{version}  {name}", *map("{} ({})".format, own, theirs)])
+    said = f"Table 2: test Dice in percent, in brackets the paper's; {said}"
+    return f"{said}\n{aligned(rows)}\n* best of its box, ** also best of its version"
+
+
+def lambda_text(trials: pd.DataFrame, about: str) -> str:
+    """Supplement Fig. 1 as a table."""
+    table, said = lambda_grid(trials, about)
+    table = table.iloc[::-1, ::-1]
+    cells = zip(table.index, marked(table, of_all="*", of_column=""), strict=True)
+    rows = [["", *map("{:g}".format, table)], *([f"{weight:g}", *row] for weight, row in cells)]
+    said = f"Test Dice in percent over λ_rec (rows) and λ_cls (columns); {said}"
+    return f"{said}\n{aligned(rows)}\n* best"
+
+
+def in_table_2(trial) -> bool:
+    cell = trial["version"], trial["theta"] or trial["phi"]
+    return cell in PAPER_TABLE2 and trial["shared"] in SETS and trial["kind"] == "petct"
+
+
+# A table of a search: the options that it compares, the searches whose trials are not meant for it,
+# which of the others are printed in it, and how.
+SEARCH_TABLES = {
+    "table 2": (
+        {"version", "phi", "theta", "shared"}, {"lambdas", "free"}, in_table_2, table_2_text
+    ),
+    "lambdas": (
+        {"lambda_rec", "lambda_cls"}, {"layers", "theta", "table2", "free"},
+        lambda trial: None not in (trial["lambda_rec"], trial["lambda_cls"]), lambda_text,
+    ),
+}  # fmt: skip
+
+
+def groups_of(trials: pd.DataFrame, table: str) -> list[tuple[str, pd.DataFrame]]:
+    """The comparable groups of the trials that are meant for a row of SEARCH_TABLES."""
+    compared, others, *_ = SEARCH_TABLES[table]
+    meant = trials["search"].map(lambda searches: bool({*searches.split()} - others)).astype(bool)
+    return comparable(trials[meant], compared)
+
+
+def report(folder: Path) -> str:
+    """The tables of a search folder: Table 2, the λ grid of supplement Fig. 1, the best of free."""
+    trials = read_trials(folder)
+    counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
+    parts, shown = [f"{folder}: {len(trials)} trials, {counts}"], set()
+    for name, (_, _, takes, text) in SEARCH_TABLES.items():
+        for about, part in groups_of(trials[trials.apply(takes, axis=1)], name):
+            if part["dice"].notna().any():
+                parts.append(text(part, about))
+                shown |= set(part.index)
+    free = np.array(["free" in searches.split() for searches in trials["search"]])
+    other = (trials["status"] == "done") & ~trials.index.isin(shown) & ~free
+    if free.any():
+        parts.append(f"Best validation Dice of --search free\n{listing(trials[free], most=10)}")
+    if other.any():
+        parts.append(f"In none of the paper's tables\n{listing(trials[other])}")
+    failed = trials[trials["status"] == "failed"].itertuples()
+    return "\n\n".join([*parts, *(f"failed: {trial.trial}: {trial.reason}" for trial in failed)])
+
+
+def listing(trials: pd.DataFrame, most: int | None = None) -> str:
+    """The trials with the best validation Dice, a line each."""
+    names = ["version", "shared", "phi", "shuffle_count", "noise_sigma", "lambda_rec", "lambda_cls",
+             "theta", "lr", "seed", "status", "epochs_done", "val_dice", "dice"]  # fmt: skip
+    best = trials.sort_values("val_dice", ascending=False)[names][:most].dropna(axis=1, how="all")
+
+    def cell(value) -> str:
+        return "" if pd.isna(value) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    heading = [*best.rename(columns={"dice": "test Dice in %"})]
+    return aligned([heading, *([cell(v) for v in row] for row in best.to_numpy(object))])
+
+
+# ------------------------------------------------------------------ Tables 3-5
+
+# A table of the paper: the kind of data, its metrics, the system that the others are tested against
+# and its rows: our name, its name, its figures.
+PAPER_TABLES = {
+    3: ("petct", ("dice", "fpv_ml", "fnv_ml"), "v3", (
+        ("ct", "CT", 26.00, 15.64, 44.15),
+        ("pet", "PET", 60.99, 5.38, 2.15),
+        ("early_fusion", "EF", 54.89, 4.98, 3.13),
+        ("middle_fusion", "MF", 55.53, 4.77, 3.02),
+        ("late_fusion_logits", "LF-Logit", 57.41, 4.88, 2.88),
+        ("late_fusion_union", "LF-∪", 59.89, 3.95, 3.01),
+        ("late_fusion_intersection", "LF-∩", 21.60, 1.67, 99.74),
+        ("v1", "Mirror U-Net (v1)", 64.57, 2.93, 1.66),
+        ("v2", "Mirror U-Net (v2)", 65.50, 2.83, 0.94),
+        ("v3", "Mirror U-Net (v3)", 65.91, 1.55, 0.76),
+        ("v4", "Ablation (v4)", 64.24, 2.93, 1.99),
+    )),
+    4: ("petct", ("dice", "fpv_ml", "fnv_ml"), "v3", (
+        ("nnunet", "nnUNet", 62.75, 2.83, 1.59),
+        ("blackbean", "Blackbean", 63.15, 2.55, 1.76),
+        ("sfnet", "SF-Net", 61.21, 3.44, 2.95),
+        ("andrearczyk", "Andrearczyk et al.", 61.45, 2.98, 1.89),
+        ("deepmts", "DeepMTS", 61.91, 3.22, 2.76),
+        ("weninger", "Weninger et al.", 61.22, 3.98, 2.82),
+        ("v3_ct_only", "CT-only Mirror U-Net (v3)", 12.37, 28.24, 50.02),
+        ("v3_pet_only", "PET-only Mirror U-Net (v3)", 56.14, 4.81, 3.02),
+        ("v4", "Mirror U-Net (v4)", 64.24, 2.93, 1.99),
+        ("valindria", "Valindria et al.", 39.84, 7.89, 17.00),
+        ("v3", "Mirror U-Net (v3)", 65.91, 1.55, 0.76),
+    )),
+    5: ("mri", ("dice_whole", "dice_edema", "dice_core"), "v2", (
+        ("v1", "Mirror U-Net (v1)", 88.37, 71.91, 82.22),
+        ("v2-rec", "Mirror U-Net (v2)-rec", 91.12, 77.12, 84.56),
+        ("nnunet", "nnUNet", 89.10, 76.35, 84.05),
+        ("segresnet", "SegResNet", 91.29, 77.01, 84.22),
+        ("v2", "Mirror U-Net (v2)", 92.52, 78.12, 85.84),
+    )),
+}  # fmt: skip
+
+
+def finished_runs(root: Path, kind: str) -> pd.DataFrame:
+    """Runs below `root` with test results, newest last: their run, system, config and studies.
+
+    Only what train.py and --late-fusion write counts, not other evaluations of a run; trials of a
+    search count if `root` is its folder. A system is "<version>", with " own" for --recipe own.
+    """
+    rows = []
+    for file in sorted(root.glob("**/test_studies.csv"), key=lambda path: path.stat().st_mtime):
+        run = file.parent
+        elsewhere = (run / "trial.json").exists() and run.parent != root
+        if elsewhere or not (run / "config.json").exists():
+            continue
+        config, late = saved_config(run), read_json(run / "config.json").get("late_fusion")
+        if config.kind == kind:
+            system = f"late_fusion_{late}" if late else config.version
+            system += " own" if config.recipe == "own" else ""
+            config = resolve(config, kind, config.data is None)  # it may be older than an option
+            rows.append((run, system, config, digest(read_json(run / "splits.json"))))
+    return pd.DataFrame(rows, columns=["run", "system", "config", "studies"])
+
+
+def figures(metric: Metric, studies: pd.DataFrame, reference: pd.DataFrame | None):
+    """Ours for a system and a metric: the mean over the test studies (Dice in %, volumes in ml) as
+    in summarize, its 95 % bootstrap interval, and how many they are; for Dice the p of Wilcoxon's
+    signed-rank test, NaN if all are equal, on the p_n studies that the reference has too. And as
+    text."""
+    dice, low, high = metric.name.startswith("dice"), math.nan, math.nan
+    values = counted(studies, metric) * (100 if dice else 1)
+    middle, n = values.mean(), len(values)
+    if n > 1:
+        drawn = dict(n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+        low, high = stats.bootstrap((values,), np.mean, **drawn).confidence_interval
+    found = {"": middle, "_low": low, "_high": high, "_n": n}
+    if dice and reference is not None and reference is not studies:
+        gain = (counted(reference, metric) * 100 - values).dropna()  # by the studies' names
+        found |= {"_p": stats.wilcoxon(gain).pvalue if gain.any() else math.nan, "_p_n": len(gain)}
+    spread = f" [{low:.1f}-{high:.1f}]" if n > 1 else ""
+    return found, f"{middle:.2f}{spread} n={n}" if n else "-"
+
+
+def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The paper's figures beside ours, of a system's runs the newest: a row per system in the
+    paper's order, also if it was not run, then own recipes. And as Markdown, with notes."""
+    _, names, reference, listed = PAPER_TABLES[number]
+    newest = dict(zip(runs["system"], runs["run"], strict=True))
+    own = [(f"{name} own", f"{title}, own recipe", *[math.nan] * 3) for name, title, *_ in listed]
+    listed = [*listed, *(row for row in own if row[0] in newest)]
+    files = {name: newest[name] / "test_studies.csv" for name, *_ in listed if name in newest}
+    tested = {name: pd.read_csv(file, index_col="study") for name, file in files.items()}
+    metrics = [metrics_of(names)[name] for name in names]
+    heading = [f"{metric.title} {who}" for metric in metrics for who in ("paper", "here")]
+    rows, text = [], [["Method", *heading]]
+    for name, title, *published in listed:
+        rows.append({"system": name, "title": title, "run": str(newest.get(name, ""))})
+        text.append([title])
+        for metric, figure in zip(metrics, published, strict=True):
+            ours, words = {}, "not run"
+            if name in tested:
+                ours, words = figures(metric, tested[name], tested.get(reference))
+            own = {metric.name + key: value for key, value in ours.items()}
+            rows[-1] |= {f"{metric.name}_paper": figure} | own
+            text[-1] += ["-" if math.isnan(figure) else f"{figure:.2f}", words]
+    missing = ", ".join(name for name, *_ in listed if name not in tested)
+    notes = [f"not run: {missing}"] if missing else []
+    counts = runs["system"].value_counts(sort=False)
+    notes += [f"{n}: {counts[n]} runs, the newest is {newest[n]}" for n in tested if counts[n] > 1]
+    if len({frozenset(studies.index) for studies in tested.values()}) > 1:
+        notes.append("These runs were tested on different studies: their rows are not comparable.")
+    return pd.DataFrame(rows), "\n\n".join([aligned(text, markdown=True), *notes])
+
+
+def paper_table(number: int, root: Path) -> list[tuple[str, pd.DataFrame, str]]:
+    """Table `number` of the paper from the runs below `root`, as beside_paper, for each group of
+    comparable runs; and before it, in words, what parts the group from the others."""
+    kind, *_, listed = PAPER_TABLES[number]
+    runs = finished_runs(root, kind)
+    runs = runs[runs["system"].str.removesuffix(" own").isin([name for name, *_ in listed])]
+    groups = comparable(runs, {"version", "recipe"}) or [("", runs)]
+    return [(about, *beside_paper(number, part)) for about, part in groups]
+
+
+def write_paper_table(number: int, root: Path, out: Path) -> str:
+    """Write table<number>.csv, with all groups, and .md; the Markdown, which also reads as text."""
+    found = paper_table(number, root)
+    text = "\n\n".join(f"**{about}**\n\n{text}" if about else text for about, _, text in found)
+    everything = pd.concat([table.assign(about=about) for about, table, _ in found])
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix, content in (("csv", everything.to_csv(index=False)), ("md", f"{text}\n")):
+        with atomic(out / f"table{number}.{suffix}") as file:
+            file.write(content.encode())
+    return text

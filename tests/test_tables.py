@@ -1,0 +1,347 @@
+"""tables.py: how results are averaged, which runs share a table, reports, the paper's tables."""
+
+import json
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import tables
+from config import Config, plain, resolve
+from files import UserError, write_json
+
+
+def test_columns_are_aligned_and_markdown_has_pipes():
+    rows = [["", "Dice", "n"], ["v1", "0.5", "12"], ["longer", "-", "3"]]
+    lines = ["        Dice   n", "v1       0.5  12", "longer     -   3"]
+    assert tables.aligned(rows).splitlines() == lines
+    assert tables.aligned(rows, markdown=True).splitlines() == [
+        "|        | Dice |  n |", "| ------ | ---: | -: |",
+        "| v1     |  0.5 | 12 |", "| longer |    - |  3 |",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------ the metrics of a run
+
+
+def study_row(ill, dice, fpv, fnv, pred, true, tumor=0.0):
+    own = {"dice": dice, "fpv_ml": fpv, "fnv_ml": fnv, "mtv_pred_ml": pred}
+    hot = {f"suv4_{name}": 2 * value for name, value in own.items()}
+    return {"has_lesion": ill} | own | hot | {"mtv_true_ml": true, "tumor_score": tumor}
+
+
+ROWS = [
+    study_row(True, 0.2, 1.0, 4.0, 10.0, 8.0, 0.9),
+    study_row(True, 0.6, 3.0, 0.0, 20.0, 16.0, 0.4),
+    study_row(True, 0.0, 0.0, 5.0, 0.0, 6.0, 0.6),
+    study_row(False, 0.0, 8.0, 0.0, 8.0, 0.0, 0.5),  # a false alarm: its Dice of 0 is left out
+    study_row(False, math.nan, 0.0, 0.0, 0.0, 0.0, 0.2),
+]
+
+
+def test_means_say_how_many_studies_they_hold():
+    summary = tables.summarize(ROWS)
+    means = {name: (v["mean"], v["n"]) for name, v in summary["model"].items()}
+    assert means == means | {
+        "dice": (pytest.approx(0.8 / 3), 3), "fpv_ml": (pytest.approx(12 / 5), 5),
+        "fpv_healthy_ml": (4.0, 2), "fnv_ml": (3.0, 3), "mtv_pred_ml": (10.0, 3),
+        "mtv_true_ml": (10.0, 3), "tumor_accuracy": (pytest.approx(0.8), 5),
+        "tumor_auc": (pytest.approx(5 / 6), 5),
+    }  # fmt: skip
+    assert summary["model"]["mtv_pred_ml"]["std"] == pytest.approx(10)
+    threshold = summary["SUV ≥ 4 threshold"]
+    assert threshold["fpv_healthy_ml"]["mean"] == 8 and threshold["mtv_true_ml"]["mean"] == 10
+    assert [*summary] == ["model", "SUV ≥ 4 threshold"] and "tumor_auc" not in threshold
+    lines = tables.results_table(tables.rows_of("mine", summary)).splitlines()
+    assert lines[0].startswith("   ") and "healthy FPV ml" in lines[0]
+    assert lines[1].startswith("mine") and "0.267 (3)" in lines[1] and "2.400 (5)" in lines[1]
+    assert lines[2].startswith("SUV ≥ 4 threshold") and lines[2].endswith("-")
+    assert "studies with a lesion" in lines[3] and len(lines) == 4
+    ill, healthy = (tables.summarize(rows)["model"] for rows in (ROWS[:1], ROWS[3:]))
+    assert ill["fpv_healthy_ml"] == {"mean": None, "std": None, "n": 0}
+    assert ill["dice"] == {"mean": 0.2, "std": None, "n": 1}
+    assert healthy["dice"]["n"] == 0 and healthy["fpv_ml"]["n"] == 2
+    json.dumps([ill, healthy], allow_nan=False)
+
+
+def test_mri_leaves_out_classes_that_nobody_has():
+    rows = [{"dice_whole": 0.5, "dice_edema": 0.25, "dice_core": math.nan},
+            {"dice_whole": 1.0, "dice_edema": 0.75, "dice_core": 0.0}]  # fmt: skip
+    model = tables.summarize([row | {"has_lesion": True} for row in rows])["model"]
+    assert [(v["mean"], v["n"]) for v in model.values()] == [(0.75, 2), (0.5, 2), (0.0, 1)]
+    lines = tables.results_table({"mine": model}).splitlines()
+    assert lines[0].split() == ["whole", "edema", "core"] and "core ∪ edema" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "scores, ill, accuracy, auc",
+    [
+        ([0.1, 0.2, 0.9], [1, 1, 0], 0, 0),
+        ([0.6, 0.6, 0.6], [1, 0, 0], 1 / 3, 0.5),  # ties count half
+        ([0.9, 0.2], [1, 1], 0.5, None),
+        ([0.9, 0.2], [0, 0], 0.5, None),
+    ],
+)
+def test_accuracy_and_auc_by_hand(scores, ill, accuracy, auc):
+    rows = [{"has_lesion": bool(i), "tumor_score": s} for s, i in zip(scores, ill, strict=True)]
+    found = tables.summarize(rows)["model"]
+    assert found["tumor_accuracy"] == {"mean": pytest.approx(accuracy), "n": len(scores)}
+    assert found["tumor_auc"]["mean"] == (auc if auc is None else pytest.approx(auc))
+
+
+# ------------------------------------------------------------------ which runs may share a table
+
+
+def config_of(kind="petct", version="v1", **options):
+    """A resolved config; the phantom's, or of brain tumours."""
+    data = {"data": "tumours"} if kind == "mri" else {}
+    config = replace(Config(version=version), **data | options)
+    return resolve(config, kind, phantom=config.data is None)
+
+
+def grouped(configs, *compared, studies="s"):
+    """The groups as {words: the numbers of their runs}."""
+    runs = pd.DataFrame({"config": configs, "studies": studies})
+    return {about: list(part.index) for about, part in tables.comparable(runs, compared)}
+
+
+METHOD = ("version", "phi", "theta", "shared")
+
+
+def test_only_comparable_runs_share_a_table():
+    configs = [
+        config_of(seed=0, workers=1, phi="noise"),
+        config_of(seed=1, workers=2, phi="none", shared=(3,), out="there", splits="x.json"),
+        config_of(phi="noise", noise_sigma=0.1),
+        config_of(lr=0.1),
+        None,  # damaged
+        config_of(version="v4", lr=0.1, theta="learn"),
+        config_of(version="v3", steps=2, lr=0.1),
+    ]
+    assert [*grouped(configs, *METHOD).items()] == [  # what is usual comes first
+        ("noise_sigma 0.3, steps default, lr 0.001", [0, 1]),
+        ("noise_sigma 0.1, steps default, lr 0.001", [2]),
+        ("noise_sigma 0.3, steps default, lr 0.1", [3, 5]),
+        ("noise_sigma 0.3, steps 2, lr 0.1", [6]),
+    ]
+    assert grouped(configs[:2], *METHOD) == {"": [0, 1]}
+    assert grouped(configs[3:5]) == {"": [0]} and grouped([None]) == {}
+
+
+def test_what_parts_two_runs_is_told():
+    for changed, said in (
+        ({"shared": ()}, ["shared 5", "shared none"]),
+        ({"fold": 1}, ["fold 0", "fold 1"]),
+        ({"epochs": 8}, ["epochs 10", "epochs 8"]),
+        ({"version": "v3_ct_only"}, ["version v3", "version v3_ct_only"]),
+    ):
+        pair = [config_of(version="v3"), config_of(**{"version": "v3"} | changed)]
+        assert grouped(pair) == {said[0]: [0], said[1]: [1]}
+        assert len(grouped(pair, *changed)) == 1
+    recipes = [config_of(version="sfnet"), config_of(version="sfnet", recipe="own")]
+    assert grouped(recipes) == {"recipe matched": [0], "recipe own": [1]}
+    assert grouped([config_of()] * 2, studies=["s", "t"]) == {"studies s": [0], "studies t": [1]}
+    # an option that only some read parts those: no group overlaps another
+    some = [config_of(shuffle_count=30), config_of(), config_of(phi="none")]
+    assert grouped(some, *METHOD) == {"shuffle_count 1": [1, 2], "shuffle_count 30": [0]}
+    assert len(grouped([config_of(), config_of(data="real")])) == 2  # the phantom is another kind
+    # the defaults of a version part no runs
+    versions = [config_of("mri", v) for v in ("v1", "v2", "v2-rec")]  # λ_seg 1/3, 1/3, 1/2
+    assert grouped(versions, *METHOD) == {"": [0, 1, 2]}
+    weighed = config_of("mri", "v1", lambda_seg=0.1)
+    assert [*grouped([*versions, weighed], *METHOD).values()] == [[0, 1, 2], [3]]
+
+
+# ------------------------------------------------------------------ the report of a search
+
+
+def make_trial(
+    root, name, search="table2", dice=0.5, val=0.3, studies="s", kind="petct", **options
+):
+    """A trial's folder as a search leaves it; one that failed if its Dice is text."""
+    config = config_of(kind, **{"epochs": 4} | options)
+    run = root / name
+    run.mkdir(parents=True)
+    record = {"searches": search.split(), "config": plain(config), "studies": studies}
+    write_json(run / "trial.json", record)
+    if isinstance(dice, str):
+        (run / "failed.txt").write_text(f"{dice}\n\nTraceback\n")
+        return
+    model = {"dice" if kind == "petct" else "dice_whole": {"mean": dice, "n": 3}}
+    told = {"epochs": 4, "val_dice": val, "seconds": 50.0, "gpu_memory_mb": None}
+    write_json(run / "summary.json", told | {"systems": {"model": model}})
+
+
+def figures_of(text):
+    """Our figures in Table 2, without the missing ones."""
+    return re.findall(r"(\d+\.\d\d)\** \(", text)
+
+
+def test_table_2_of_the_paper_has_the_papers_marks():
+    rows = [
+        {"version": version, "phi": "none" if version == "v4" else method, "shared": shared,
+         "theta": method if version == "v4" else None, "dice": dice + shift}
+        for (version, method), dices in tables.PAPER_TABLE2.items()
+        for shared, dice in zip(tables.SETS, dices, strict=True)
+        for shift in (-1, 1)  # two seeds, whose mean is the paper's figure
+    ]  # fmt: skip
+    text = tables.table_2_text(pd.DataFrame(rows), "lr 0.1")
+    assert "mean of 2 seeds; lr 0.1\n" in text
+    pairs = re.findall(r"([\d.]+)(\**) \(([\d.]+)(\**)\)", text)
+    assert len(pairs) == 105 and all(a == c and b == d for a, b, c, d in pairs)
+    shuffled = next(line for line in text.splitlines() if line.startswith("v3  L2 + shuffling"))
+    assert shuffled.split()[4] == "63.33*" and "65.91** (65.91**)" in shuffled
+    assert [a for a, b, _, _ in pairs if b == "**"] == ["64.57", "65.50", "65.91", "64.24"]
+    assert sum(b != "" for _, b, _, _ in pairs) == 28  # a best one in each of 4 x 7 boxes
+
+
+def test_other_sets_follow_those_of_the_paper_and_seeds_and_gaps_are_told():
+    shared = ["none", "1 8", "4 5 6", "7", "3", "2"]
+    rows = [{"version": "v1", "phi": "none", "theta": None, "shared": s, "dice": 1} for s in shared]
+    rows += [rows[0] | {"dice": 3}, rows[1] | {"phi": "noise"}]
+    table, said = tables.table_2(pd.DataFrame(rows))
+    assert list(table) == ["3", "7", "4 5 6", "none", "2", "1 8"]
+    assert table.loc[("v1", "none"), "none"] == 2
+    assert said == "mean of 1 to 2 seeds; 5 of 12 cells missing"
+    with pytest.raises(UserError, match="no test Dice yet"):
+        tables.table_2(pd.DataFrame(rows).assign(dice=np.nan))
+
+
+def test_the_report_keeps_settings_apart_and_names_what_is_missing(tmp_path):
+    make_trial(tmp_path, "a", phi="noise", dice=0.6, workers=1)
+    make_trial(tmp_path, "a1", phi="noise", dice=0.5, seed=1, workers=2, skip_bad=True)
+    make_trial(tmp_path, "b", phi="noise", dice=0.2, lr=0.1)
+    make_trial(tmp_path, "c", version="v4", dice=0.4)
+    make_trial(tmp_path, "d", version="v4", theta=0.5, dice="the loss is nan")
+    make_trial(tmp_path, "e", version="v2", phi="noise", dice=0.1, studies="t")
+    make_trial(tmp_path, "f")
+    (tmp_path / "f" / "trial.json").write_text("[]")
+    text = tables.report(tmp_path)
+    assert text.startswith(f"{tmp_path}: 7 trials, 5 done, 2 failed\n\nTable 2")
+    first, second, third = text.split("Table 2")[1:]
+    assert "; mean of 1 to 2 seeds; 1 of 3 cells missing; lr 0.001, studies s\n" in first  # of d
+    assert figures_of(first) == ["55.00", "40.00"] and "55.00** (62.34)" in first
+    assert "; 1 seed; lr 0.001, studies t\n" in second and figures_of(second) == ["10.00"]
+    assert "; 1 seed; lr 0.1, studies s\n" in third and figures_of(third) == ["20.00"]
+    assert "failed: d: the loss is nan" in text and "failed: f: damaged folder" in text
+    assert "In none of" not in text and (tmp_path / "results.csv").exists()
+
+
+def test_the_report_of_lambdas_of_free_and_of_what_is_outside_the_papers_tables(tmp_path):
+    for search, rec, cls, dice in (
+        ("lambdas layers", 1e-1, 1e-2, 0.31),  # stands in the tables of both
+        ("lambdas", 1e-5, 1e-2, 0.42),
+        ("mine", 1e-1, 1e-1, 0.25),
+    ):
+        own = dict(search=search, lambda_rec=rec, lambda_cls=cls, dice=dice)
+        make_trial(tmp_path, search, version="v3", **own)
+    make_trial(tmp_path, "b", "lambdas", version="v3_ct_only", dice=0.1, lambda_rec=0.5)
+    make_trial(tmp_path, "c", "lambdas", version="v2", lambda_rec=0.1, dice=0.2, val=0.4)
+    make_trial(tmp_path, "d", "theta", version="v4", theta=0.25, dice=0.3)
+    make_trial(tmp_path, "e", "layers", shared=(2,), dice=0.4, val=0.2)
+    make_trial(tmp_path, "f", "layers", kind="mri", dice=0.7, val=0.1)
+    make_trial(tmp_path, "g", phi="noise", dice=None, val=0.9)  # no lesion in its test part
+    make_trial(tmp_path, "f0", "free", version="v2", shared=(1, 8), val=0.9)
+    make_trial(tmp_path, "f1", "free", version="v4", theta="learn")
+    for i in range(10):
+        make_trial(tmp_path, f"g{i}", "free", lambda_rec=0.25, val=0.1)
+    head, free, other = re.split("Best validation.*\n|In none of.*\n", tables.report(tmp_path))
+    assert head.count("Table 2") == 2 and figures_of(head) == ["31.00", "25.00"]
+    rows = [line.split() for line in head.splitlines()]
+    at = rows.index(["0.1", "0.01"])  # both fall
+    assert rows[at + 1 : at + 3] == [["0.1", "25.00", "31.00"], ["1e-05", "–", "42.00*"]]
+    assert "1 seed; 1 of 4 cells missing; version v3\n" in head
+    assert "1 seed; version v3_ct_only\n" in head and "10.00*\n" in head
+    heading, *listed = [line.split() for line in free.strip().splitlines()]
+    assert heading[:3] == ["version", "shared", "phi"] and "noise_sigma" not in heading
+    assert [words[:2] for words in listed[:3]] == [["v2", "1"], ["v4", "5"], ["v1", "5"]]
+    assert len(listed) == 10  # the best ones first
+    _, *listed = [line.split() for line in other.splitlines()]
+    assert [words[0] for words in listed] == ["v1", "v2", "v4", "v1", "v1"]
+    assert listed[-1][-1] == "70"
+
+
+# ------------------------------------------------------------------ Tables 3-5
+
+
+def make_run(root, name, shift=0.0, late="", age=0, kind="petct", studies="abcdef", **options):
+    """What train.py leaves of a run that is `age` seconds old; the first four studies are ill."""
+    run, (_, metrics, *_) = root / name, tables.PAPER_TABLES[3 if kind == "petct" else 5]
+    run.mkdir(parents=True)
+    more = {"late_fusion": late} if late else {}
+    write_json(run / "config.json", {"config": plain(config_of(kind, **options))} | more)
+    write_json(run / "splits.json", {"test": list("abcdef")})
+    rows = [
+        {"study": study, "has_lesion": i < 4} | dict.fromkeys(metrics, i / 10 + shift * (1 + i))
+        for i, study in enumerate(studies)
+    ]
+    pd.DataFrame(rows).to_csv(run / "test_studies.csv", index=False)
+    os.utime(run / "test_studies.csv", (1e9 - age, 1e9 - age))
+    return tables.summarize(rows)["model"]
+
+
+def test_the_papers_table_beside_ours(tmp_path):
+    means = make_run(tmp_path, "a", 0.01, version="ct")
+    make_run(tmp_path, "late/b", late="union", version="ct")
+    make_run(tmp_path, "c", 0.1, version="v3")
+    make_run(tmp_path / "a", "evaluation", 0.9, version="ct")
+    (tmp_path / "a" / "evaluation" / "config.json").unlink()
+    text = tables.write_paper_table(3, tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "table3.md").read_text() == text + "\n"
+    titles = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert titles[0] == "Method" and titles[2:6] == ["CT", "PET", "EF", "MF"] and len(titles) == 13
+    assert "not run: pet, early_fusion, middle_fusion, late_fusion_logits, " in text
+    assert text.count("not run") == 3 * 8 + 1 and "different studies" not in text
+    table = pd.read_csv(tmp_path / "out" / "table3.csv").set_index("system")
+    assert table.loc["pet", "dice_paper"] == 60.99 and np.isnan(table.loc["pet", "dice"])
+    own = table.loc["ct"]
+    for metric, scale in (("dice", 100), ("fpv_ml", 1), ("fnv_ml", 1)):  # one rule who counts
+        assert own[metric] == pytest.approx(scale * means[metric]["mean"])
+        assert own[f"{metric}_n"] == means[metric]["n"] == (6 if metric == "fpv_ml" else 4)
+        assert own[f"{metric}_low"] < own[metric] < own[f"{metric}_high"]
+    # all four differences have one sign: p of the exact test is 2 / 2^4
+    assert own["dice_p"] == pytest.approx(2 / 16) and own["dice_p_n"] == 4
+    assert table["dice_p_n"].notna().sum() == 2 and table.loc["late_fusion_union", "dice"] == 15
+    assert tables.write_paper_table(3, tmp_path, tmp_path / "out") == text  # no other draws
+
+
+def test_the_papers_table_keeps_runs_apart(tmp_path):
+    make_run(tmp_path, "v3", version="v3")
+    make_run(tmp_path, "z, older", 0.1, version="v3", seed=1, age=9)
+    make_run(tmp_path, "mri", version="v2", kind="mri")
+    make_run(tmp_path, "own", version="nnunet", recipe="own", studies="abcde")
+    make_run(tmp_path, "ct alone", version="v3", modality="ct", age=9)
+    make_run(tmp_path, "fast", 0.1, version="nnunet", lr=0.1)
+    make_run(tmp_path, "of another table", version="v1", lr=0.2)
+    make_run(tmp_path, "search/trial", version="v4")
+    write_json(tmp_path / "search" / "trial" / "trial.json", {})
+    found = tables.paper_table(4, tmp_path)
+    rows = [table[table["run"] != ""].set_index("system")["run"] for _, table, _ in found]
+    assert [runs.map(lambda run: Path(run).name).to_dict() for runs in rows] == [
+        {"v3": "v3", "nnunet own": "own"}, {"v3": "ct alone"}, {"nnunet": "fast"},
+    ]  # fmt: skip
+    assert [about for about, *_ in found][1:] == ["modality ct, lr 0.001", "modality both, lr 0.1"]
+    assert f"v3: 2 runs, the newest is {tmp_path / 'v3'}" in found[0][2]
+    assert "tested on different studies" in found[0][2] and "nnUNet, own recipe" in found[0][2]
+    assert "2 runs" not in found[1][2] and "different studies" not in found[1][2]
+    text = tables.write_paper_table(4, tmp_path, tmp_path)
+    abouts = pd.read_csv(tmp_path / "table4.csv")["about"]
+    assert abouts.nunique() == 3 and all(f"**{about}**\n" in text for about in abouts)
+    [(about, table, _)] = tables.paper_table(4, tmp_path / "search")  # its own folder
+    assert about == "" and table.set_index("system").loc["v4", "dice"] == 15
+
+
+def test_table_5_and_a_folder_without_runs(tmp_path):
+    [(_, table, text)] = tables.paper_table(5, tmp_path)
+    assert not table["run"].any() and "not run: v1, v2-rec, nnunet, segresnet, v2" in text
+    make_run(tmp_path, "v2", kind="mri", version="v2")
+    make_run(tmp_path, "v1", 0.1, kind="mri", version="v1", studies="a")
+    [(_, table, text)] = tables.paper_table(5, tmp_path)
+    v1, v2 = (table.set_index("system").loc[name] for name in ("v1", "v2"))
+    assert v2["dice_edema"] == pytest.approx(25) and np.isnan(v2["dice_core_p"])
+    assert v1["dice_core_p_n"] == 1 and np.isnan(v1["dice_core_low"]) and "10.00 n=1 " in text
