@@ -297,6 +297,7 @@ def schedule(args: argparse.Namespace, trials: list[Config], todo: list[Config])
         if todo[0].device == "auto" and not need["gpu"] and not mps:
             launch["device"] = "cpu"  # else trials without a GPU would all take the first one
         print(f"ray        {address}; a trial has {need['cpu']:g} CPU and {need['gpu']:g} GPU\n")
+        # Ray takes its own kind of callback only, and Console does not need Ray
         callback = type("Callback", (Console, tune.Callback), {})(trials, args.out)
         tasks, log = [replace(trial, **launch) for trial in todo], args.out / "ray.log"
         with open(log, "a", 1, "utf-8") as file, redirect_stdout(file), redirect_stderr(file):

@@ -312,7 +312,7 @@ def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(bas
     os.kill(wait_for(lambda: max(map(writer_of, both))), 9)
     (done,) = wait_for(lambda: {run for run in both if (run / "summary.json").exists()})
     (other,) = both - {done}
-    wait_for(lambda: (other / "config.json").exists())
+    wait_for(lambda: (other / "last.pt").exists())
     driver.kill()
     assert driver.wait() and not (other / "summary.json").exists()
     before = {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()}
