@@ -341,6 +341,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         raise UserError("--report takes no other option. Leave them out.")
     if args.samples is not None and (args.search != "free" or args.samples < 1):
         raise UserError(f"--samples {args.samples}: at least 1, and of --search free only.")
+    if args.max_concurrent is not None and args.max_concurrent < 1:
+        raise UserError(f"--max-concurrent {args.max_concurrent}: at least 1.")
     if args.seed and min(args.seed) < 0:
         raise UserError(f"--seed {min(args.seed)}: the least is 0.")
     args.out = Path(args.out or f"runs/{args.search}").resolve()

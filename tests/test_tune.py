@@ -96,6 +96,7 @@ def test_what_cannot_be_done_ends_with_one_line(tmp_path, monkeypatch):
         ("--search layers --samples 3", "--samples 3: .* of --search free only"),
         ("--search free --samples 0", "--samples 0: at least 1"),
         ("--search free --seed -1", "--seed -1"),
+        ("--search lambdas --max-concurrent 0", "--max-concurrent 0: at least 1"),
         ("--search lambdas --patch 20", "--patch .*20.*: every side must"),
         ("--search theta --lambda-cls 1", "--lambda-cls has no effect on v4"),
         ("--search lambdas --data nowhere", "nowhere: no such folder"),
@@ -314,6 +315,8 @@ def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(bas
     (other,) = both - {done}
     wait_for(lambda: (other / "last.pt").exists())
     driver.kill()
+    if pid := writer_of(other):  # it outlives the driver by seconds and could end the trial
+        os.kill(pid, 9)
     assert driver.wait() and not (other / "summary.json").exists()
     before = {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()}
     before.pop("last.pt", None)  # the restart removes it if the kill came before that
