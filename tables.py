@@ -365,21 +365,22 @@ PAPER_TABLES = {
 }  # fmt: skip
 
 
-def finished_runs(root: Path, kind: str) -> pd.DataFrame:
-    """Runs below `root` with test results, newest last: their run, system, config and studies.
+def finished_runs(number: int, root: Path) -> pd.DataFrame:
+    """Runs below `root` that Table `number` lists and that have test results, newest last: their
+    run, system, config and studies.
 
     Only what train.py and --late-fusion write counts, not other evaluations of a run; trials of a
     search count if `root` is its folder. A system is "<version>", with " own" for --recipe own.
     """
-    rows = []
+    (kind, *_, listed), rows = PAPER_TABLES[number], []
     for file in sorted(root.glob("**/test_studies.csv"), key=lambda path: path.stat().st_mtime):
         run = file.parent
         elsewhere = (run / "trial.json").exists() and run.parent != root
         if elsewhere or not (run / "config.json").exists():
             continue
         config, late = saved_config(run), read_json(run / "config.json").get("late_fusion")
-        if config.kind == kind:
-            system = f"late_fusion_{late}" if late else config.version
+        system = f"late_fusion_{late}" if late else config.version
+        if config.kind == kind and system in [name for name, *_ in listed]:
             system += " own" if config.recipe == "own" else ""
             config = resolve(config, kind, config.data is None)  # it may be older than an option
             rows.append((run, system, config, digest(read_json(run / "splits.json"))))
@@ -439,9 +440,7 @@ def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def paper_table(number: int, root: Path) -> list[tuple[str, pd.DataFrame, str]]:
     """Table `number` of the paper from the runs below `root`, as beside_paper, for each group of
     comparable runs; and before it, in words, what parts the group from the others."""
-    kind, *_, listed = PAPER_TABLES[number]
-    runs = finished_runs(root, kind)
-    runs = runs[runs["system"].str.removesuffix(" own").isin([name for name, *_ in listed])]
+    runs = finished_runs(number, root)
     groups = comparable(runs, {"version", "recipe"}) or [("", runs)]
     return [(about, *beside_paper(number, part)) for about, part in groups]
 

@@ -320,6 +320,9 @@ def test_the_papers_table_keeps_runs_apart(tmp_path):
     make_run(tmp_path, "of another table", version="v1", lr=0.2)
     make_run(tmp_path, "search/trial", version="v4")
     write_json(tmp_path / "search" / "trial" / "trial.json", {})
+    make_run(tmp_path, "of a system that is gone", version="nnunet")
+    foreign = tmp_path / "of a system that is gone" / "config.json"
+    foreign.write_text(foreign.read_text().replace("nnunet", "blackbean_released"))
     found = tables.paper_table(4, tmp_path)
     rows = [table[table["run"] != ""].set_index("system")["run"] for _, table, _ in found]
     assert [runs.map(lambda run: Path(run).name).to_dict() for runs in rows] == [
