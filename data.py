@@ -133,7 +133,7 @@ def visiting_order(seed: int, epoch: int, turn: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, turn)).permutation(count)
 
 
-class Patches(torch.utils.data.Dataset):
+class Patches:
     """Training crops. Item (epoch, index) is a pure function of it and the seed.
 
     Every study is visited once before any is visited again. An item holds image float16
@@ -169,7 +169,7 @@ class Patches(torch.utils.data.Dataset):
         return batch
 
 
-class Schedule(torch.utils.data.Sampler):
+class Schedule:
     """Batches of (epoch, index) for one of `world` processes; together they are one batch."""
 
     def __init__(self, steps: int, batch_size: int, rank: int = 0, world: int = 1):

@@ -29,7 +29,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_amp(config: Config, device: torch.device, network: type[Network] = Network) -> Config:
+def choose_amp(
+    config: Config, device: torch.device, network: Network | type[Network] = Network
+) -> Config:
     """Settle --amp for the device. Raises UserError for what would train on garbage."""
     amp = config.amp
     if amp == "auto":
