@@ -321,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
         add_flags(command, f"device threads seed {options}".split())
         return command
 
-    network, crops = "version channels amp compile patch", "data cache workers spacing steps"
+    network, crops = "version widths amp compile patch", "data cache workers spacing steps"
     measured(bench_step, f"{network} batch_size phi", warmup=3, repeat=10)
     windows = f"{network} overlap window_weights window_batch"
     measured(bench_infer, windows, shape=(200, 200, 300), volume="").add_argument(

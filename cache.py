@@ -22,11 +22,19 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
+from checks import BODY_SUV
 from files import UserError, atomic, progress, write_json
-from studies import BadStudy, Finding, Found, Study, Volume, read_study
+from studies import (
+    BadStudy,
+    Finding,
+    Found,
+    Study,
+    judge,
+    list_findings,
+    read_study,
+)
 
-CACHE_FORMAT = 2  # raise it when the content of the cache changes
-IMPOSSIBLE_SUV = 5000.0  # even a full bladder or an injection site stays far below
+CACHE_FORMAT = 3  # raise it when the content of the cache changes
 THRESHOLD_SUV = 4.0  # the row "SUV ≥ 4 threshold" of the evaluation
 
 # ------------------------------------------------------------------ preprocessing (Sec. 3.4)
@@ -41,7 +49,7 @@ class Preprocessing:
     axes: str  # anatomical direction of rising index: L(eft) A(nterior) S(uperior), ...
     clip: tuple[tuple[float, float], tuple[float, float]] | None  # HU, SUV; None: no units, z-score
     margin_mm: float = 10.0  # kept around the body
-    body_suv: float = 0.2  # the body is the box of voxels above it; air lies below, skin above
+    body_suv: float = BODY_SUV  # the body is the box of voxels above it
     threshold_suv: float = THRESHOLD_SUV
     format: int = CACHE_FORMAT
 
@@ -100,22 +108,9 @@ def body_box(body: np.ndarray, margin) -> list[list[int]]:
     return box
 
 
-def body_mask(study: Study, volumes: dict[str, Volume], settings: Preprocessing) -> np.ndarray:
-    """Where the body is, on the files' grid. Raises BadStudy if nowhere or if PET is not SUV."""
-    pet = volumes["pet"].data
-    if settings.clip is None:
-        body = (pet != 0) | (volumes["ct"].data != 0)
-        remedy = "Give skull-stripped images with background 0, as the Decathlon has them"
-    else:
-        if (highest := float(pet.max())) > IMPOSSIBLE_SUV:
-            found = f"values up to {highest:.6g} are not SUV in g/ml (Bq/ml?)"
-            remedy = "Convert it to SUV by body weight first"
-            raise BadStudy(Finding(str(study.pet.path), found, remedy))
-        body = pet > settings.body_suv
-        remedy = f"SUV in g/ml exceed {settings.body_suv} in a body; give SUV, not Bq/ml or zeros"
-    if not body.any():
-        raise BadStudy(Finding(str(study.pet.path), "no body found, the image is empty", remedy))
-    return body
+def body_mask(pet: np.ndarray, ct: np.ndarray, settings: Preprocessing) -> np.ndarray:
+    """Where the body is (of MRI the brain), on the files' grid."""
+    return (pet != 0) | (ct != 0) if settings.clip is None else pet > settings.body_suv
 
 
 def zscore(image: np.ndarray) -> np.ndarray:
@@ -127,16 +122,18 @@ def zscore(image: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndarray], dict]:
+def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, dict]:
     """Read, check, crop to the body, resample and scale one study (Sec. 3.4).
 
     Returns arrays and meta. Arrays: images float16 (2, W, H, D), CT first; and, with a mask, label
     uint8 (W, H, D), lesion uint32 flat indices of its foreground, native_label uint32 and
     native_class uint8 (the mask on the file's grid, as flat indices in Fortran order), and for
-    PET/CT native_hot, the voxels with SUV >= THRESHOLD_SUV. Raises BadStudy.
+    PET/CT native_hot, the voxels with SUV >= THRESHOLD_SUV. allow: see studies.judge. Raises
+    BadStudy.
     """
     volumes = read_study(study)
-    pet, affine = volumes["pet"]
+    facts = judge(study, volumes, allow)
+    pet, affine = volumes["pet"].data, volumes["pet"].affine
     to_axes = orientations.ornt_transform(
         nib.io_orientation(affine), orientations.axcodes2ornt(settings.axes)
     )
@@ -144,7 +141,7 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
     turned_affine = affine @ orientations.inv_ornt_aff(to_axes, pet.shape)
     spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
     margin = np.ceil(settings.margin_mm / spacing)
-    box = body_box(turn(body_mask(study, volumes, settings)), margin)
+    box = body_box(turn(body_mask(pet, volumes["ct"].data, settings)), margin)
     crop, counts = tuple(slice(*b) for b in box), [stop - start for start, stop in box]
     positions = grid_positions(counts, spacing, settings.spacing)
     plain = np.asfortranarray(turn(pet), np.float32)  # however the file stores it
@@ -153,7 +150,7 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
         "digest": hashlib.blake2b(plain.T, digest_size=16).hexdigest(),
         "shape": [len(p) for p in positions], "spacing": list(settings.spacing),
         "native_shape": [int(n) for n in pet.shape], "native_spacing": spacing.tolist(),
-        "native_affine": affine.tolist(), "to_axes": to_axes.tolist(), "box": box,
+        "native_affine": affine.tolist(), "to_axes": to_axes.tolist(), "box": box, "facts": facts,
     }  # fmt: skip
     del plain
     arrays = {}
@@ -264,21 +261,22 @@ def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
     return Path(cache) / f"{root.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def cached_case(folder: Path, study: Study) -> Case | None:
-    """The cached study if it is complete and was made from the files as they are now."""
+def cached_case(folder: Path, study: Study, allow=()) -> Case | None:
+    """The cached study if it is complete, was made from the files as they are now, and passed no
+    check that `allow` does not name."""
     with suppress(OSError, ValueError, KeyError):
         meta = json.loads((folder / "meta.json").read_text())
-        if meta["sources"] == stamps(study):
+        if meta["sources"] == stamps(study) and {*meta["facts"]["allowed"]} <= {*allow}:
             return Case(meta, folder)
     return None
 
 
-def fill_cache(study: Study, settings: Preprocessing, folder: Path) -> list[Finding]:
+def fill_cache(study: Study, settings: Preprocessing, folder: Path, allow=()) -> list[Finding]:
     """Preprocess one study into `folder`, which appears complete or not at all; the findings."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         sources = stamps(study)
-        arrays, meta = preprocess(study, settings)
+        arrays, meta = preprocess(study, settings, allow)
         temporary.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             with atomic(temporary / f"{name}.npy") as file:
@@ -290,7 +288,7 @@ def fill_cache(study: Study, settings: Preprocessing, folder: Path) -> list[Find
             shutil.rmtree(stale, ignore_errors=True)
         with suppress(OSError):  # another process was faster: take its
             os.replace(temporary, folder)
-        if cached_case(folder, study):
+        if cached_case(folder, study, allow):
             return []
         found, remedy = "changed while it was read", "Start again"
     except BadStudy as error:
@@ -321,15 +319,15 @@ def make_room(base: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def run_parallel(todo: list[Study], settings, folders: dict, workers: int) -> list[Finding]:
-    """fill_cache for all studies, `workers` at a time, with a progress bar; all findings.
+def run_parallel(todo: list[Study], fill: Callable, workers: int) -> list[Finding]:
+    """`fill` for all studies, `workers` at a time, with a progress bar; all findings.
 
     In threads: unpacking, resampling and writing leave Python's lock to others, and nothing
     survives a killed process.
     """
     findings, pool = [], ThreadPoolExecutor(max(1, workers))
     try:
-        jobs = [pool.submit(fill_cache, s, settings, folders[s.name]) for s in todo]
+        jobs = [pool.submit(fill, study) for study in todo]
         for job in progress(as_completed(jobs), "preprocess", "study", len(jobs)):
             findings += job.result()
     finally:  # Ctrl-C: the studies in hand are finished, the others not begun
@@ -350,17 +348,31 @@ def same_images(cases: list[Case], studies: list[Study]) -> dict[str, Finding]:
 
 
 def prepare(
-    root: Path, found: Found, settings, cache, workers=2, check=False, skip_bad=False, say=print
+    root: Path,
+    found: Found,
+    settings,
+    cache,
+    workers=2,
+    check=False,
+    skip_bad=False,
+    allow=(),
+    say=print,
 ) -> list[Case]:
     """Every study of `found` from the cache, preprocessing what is not there yet.
 
     The input check is part of that one read; `check` reads everything again. All studies are gone
     through before the bad ones are reported. Raises UserError if there are any, unless `skip_bad`.
-    """
+    """  # fmt: skip
     base = cache_folder(cache, root, settings)
-    folders = {s.name: base / s.name.replace("/", "__") for s in found.studies}
-    cases = {s.name: None if check else cached_case(folders[s.name], s) for s in found.studies}
-    todo = [s for s in found.studies if cases[s.name] is None]
+
+    def cached(study: Study) -> Case | None:
+        return cached_case(folder_of(study), study, allow)
+
+    def folder_of(study: Study) -> Path:
+        return base / study.name.replace("/", "__")
+
+    cases = {study.name: None if check else cached(study) for study in found.studies}
+    todo = [study for study in found.studies if cases[study.name] is None]
     findings = list(found.findings)
     if todo:
         size = sum(most_bytes(study, settings) for study in todo)
@@ -369,20 +381,20 @@ def prepare(
         room = f"at most {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
         say(f"cache      {base}: {len(todo)} of {len(cases)} studies to read, {room}")
         write_json(base / "settings.json", {"data": str(Path(root).resolve()), **asdict(settings)})
-        findings += run_parallel(todo, settings, folders, workers)
-        cases |= {study.name: cached_case(folders[study.name], study) for study in todo}
+        findings += run_parallel(
+            todo, lambda study: fill_cache(study, settings, folder_of(study), allow), workers
+        )
+        cases |= {study.name: cached(study) for study in todo}
     read = [case for case in cases.values() if case]
     twice = same_images(read, found.studies)
     good = [case for case in read if case.name not in twice]
     findings += twice.values()
     if findings:
-        bad = len({finding.file for finding in findings})
-        lines = "\n".join(f"  {finding}" for finding in sorted(findings))
+        problems = list_findings(findings)
         if not skip_bad:
             raise UserError(
-                f"the input check found {len(findings)} problems in {bad} files; {len(good)} "
-                f"studies are fine:\n{lines}\n"
-                "Mend them, or leave their studies out with --skip-bad."
+                f"the input check found {problems}\n{len(good)} studies are fine. Mend the others, "
+                "or leave them out with --skip-bad."
             )
-        say(f"left out   {len(findings)} problems in {bad} files (--skip-bad):\n{lines}")
+        say(f"left out   {problems}")
     return good

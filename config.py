@@ -13,6 +13,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from baselines import ONE_MODALITY, SYSTEMS, Row
+from checks import ALLOWABLE
 from files import UserError
 from mirror_unet import CHANNELS, DATA_NAMES, MASKS, STRIDE, VARIANTS, Variant, variant_of
 
@@ -20,12 +21,12 @@ from mirror_unet import CHANNELS, DATA_NAMES, MASKS, STRIDE, VARIANTS, Variant, 
 def option(default, help: str, **rule):
     """A field of Config and what is known of it.
 
-    rule, all optional: choices; span, the lowest and the highest number; words that may stand for a
-    number; multiple, what it divides by; lengths, how many numbers it has (one may stand for
-    three); fill, what None becomes: a value, one for each kind of data (by_data) or a function of
-    the variant and the config; used, whether a variant of Mirror U-Net reads it (a compared system
-    does if its row says so); idle, its value where it is not read; launch, it does not change the
-    weights.
+    rule, all optional: choices; form, a pattern; span, the lowest and the highest number; words
+    that may stand for a number; multiple, what it divides by; lengths, how many numbers it has
+    (one may stand for three); fill, what None becomes: a value, one for each kind of data
+    (by_data) or a function of the variant and the config; used, whether a variant of Mirror U-Net
+    reads it (a compared system does if its row says so); idle, its value where it is not read;
+    launch, it does not change the weights.
     """
     return field(default=default, metadata={"help": help, **rule})
 
@@ -61,8 +62,8 @@ class Config:
     version: str = option("v2", "task combination (Fig. 2) or compared system, as below")
     shared: tuple[int, ...] = option(
         (5,), "shared layers L of 1..8; none if empty", span=(1, 8), used=mirror)
-    channels: tuple[int, ...] = option(
-        CHANNELS, "widths of layers 1-5", lengths=(5,), span=LEAST_1, used=mirror)
+    widths: tuple[int, ...] = option(
+        CHANNELS, "channels of layers 1-5", lengths=(5,), span=LEAST_1, used=mirror)
     bottleneck: str = option(
         "own", "decoders start from their own bottom (Eq. 1) or from both",
         choices=("own", "joint"), used=mirror)
@@ -122,6 +123,15 @@ class Config:
     fold: int = option(0, "the fold that is the test part")
     split_seed: int = option(0, "seed of the split", span=SEEDS)
     splits: str | None = option(None, "JSON with train, val, test, instead of folds")
+    channels: tuple[str, ...] = option(
+        (), "which channel is which, if their names do not tell: ct=0 pet=1", launch=True,
+        form=r"\w+=\d+")
+    lesion_labels: tuple[int, ...] = option(
+        (), "values of the masks that are lesions, if the labels' names do not tell",
+        span=LEAST_1, launch=True)
+    allow: tuple[str, ...] = option(
+        (), "findings of the input check that may pass, as they are named there",
+        choices=ALLOWABLE, launch=True)
     cache: str = option("cache", "folder of the preprocessed studies", launch=True)
     check: bool = option(False, "read and check all files again", launch=True)
     skip_bad: bool = option(False, "leave out studies that fail the input check", launch=True)
@@ -289,6 +299,8 @@ def broken(value, rule: dict) -> str:
     """Which part of its rule a value breaks, in words; empty if none."""
     if "choices" in rule and value not in rule["choices"]:
         return f"choose from {', '.join(rule['choices'])}"
+    if "form" in rule and not re.fullmatch(rule["form"], value):
+        return f"expected the form {rule['form']}"
     words = rule.get("words", ())
     if "span" in rule and value not in words:
         low, high = rule["span"]

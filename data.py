@@ -1,6 +1,5 @@
-"""From cached studies to a batch: splits by patient, training crops, and Φ of Eq. 1.
+"""From cached studies to a batch: training crops, and Φ of Eq. 1.
 
-make_splits, read_splits    train, validation and test
 Patches                     crops drawn as a pure function of (seed, epoch, index)
 Schedule, Loader            batches of an epoch, read ahead
 add_noise, shuffle_voxels   Φ, on the device
@@ -8,93 +7,19 @@ add_noise, shuffle_voxels   Φ, on the device
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache import Case
-from files import UserError, read_json
 
 LABELS = {"mask": "label"}  # label maps of a batch, and the cached arrays that they are cut from
-
-# ------------------------------------------------------------------ splits
-
-
-def make_splits(cases: list[Case], folds: int = 5, fold: int = 0, seed: int = 0) -> dict:
-    """Names of the studies by part: test is fold `fold` of `folds`, val a tenth of the rest.
-
-    All studies of a patient fall into one part; patients with and without tumour are dealt
-    separately, so that every fold has its share of both. Raises UserError if a part stays empty.
-    """
-    if not 0 <= fold < folds or folds < 2:
-        raise UserError(
-            f"--fold {fold} of --folds {folds}: folds count from 0, and 2 is the least."
-        )
-    by_patient = defaultdict(list)
-    for case in sorted(cases, key=lambda c: c.name):
-        by_patient[case.patient].append(case)
-    rng = np.random.default_rng(seed)
-    dealt = []  # tumour patients, then healthy ones, each shuffled: dealing in turn spreads both
-    for ill in (True, False):
-        group = [p for p, own in by_patient.items() if any(c.has_lesion for c in own) == ill]
-        dealt += [group[i] for i in rng.permutation(len(group))]
-    test = dealt[fold::folds]
-    rest = [p for p in dealt if p not in set(test)]
-    ill = [p for p in rest if any(c.has_lesion for c in by_patient[p])]
-    healthy = [p for p in rest if p not in set(ill)]
-    val = []
-    for group in (ill, healthy):  # a tenth, at least one, but the last of a kind trains
-        val += group[: min(-(-len(group) // 10), len(group) - 1)]
-    val = val or rest[:1] if len(rest) > 1 else val
-    train = [p for p in rest if p not in set(val)]
-    parts = {"train": train, "val": val, "test": test}
-    if not all(parts.values()):
-        raise UserError(
-            f"{len(by_patient)} patients are too few for {folds} folds: each of train, val and "
-            "test needs one. Add studies, use fewer --folds or give --splits."
-        )
-    return {part: sorted(c.name for p in ps for c in by_patient[p]) for part, ps in parts.items()}
-
-
-def read_splits(path: Path, cases: list[Case]) -> dict[str, list[str]]:
-    """A splits file: {"train": [...], "val": [...], "test": [...]} of study names.
-
-    Raises UserError for a missing part, an unknown study, or a patient in two parts.
-    """
-    splits = read_json(path)
-    if not isinstance(splits, dict) or set(splits) != {"train", "val", "test"}:
-        raise UserError(f"{path}: expected the keys train, val and test, each a list of studies.")
-    for part, names in splits.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path}: {part} is not a list of studies. Correct it.")
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{path}: {twice[0]} is in {part} twice. Take one out.")
-    patients = {case.name: case.patient for case in cases}
-    unknown = sorted({n for names in splits.values() for n in names} - patients.keys())
-    if unknown:
-        raise UserError(
-            f"{path}: {len(unknown)} studies are not in the data, the first is {unknown[0]}. "
-            "Correct the names or --data."
-        )
-    part_of: dict[str, str] = {}
-    for part, names in splits.items():
-        if not names:
-            raise UserError(f"{path}: {part} is empty. Give it at least one study.")
-        for name in names:
-            if part_of.setdefault(patients[name], part) != part:
-                raise UserError(
-                    f"{path}: patient {patients[name]} is in {part_of[patients[name]]} and in "
-                    f"{part}. Keep all studies of a patient together."
-                )
-    return splits
-
 
 # ------------------------------------------------------------------ crops
 

@@ -29,6 +29,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def describe(device: torch.device) -> str:
+    """The device in words, and whether torch could use a GPU but sees none."""
+    blind = device.type == "cpu" and torch.version.cuda and not torch.cuda.is_available()
+    return f"{device} (this torch is built for CUDA but sees no GPU)" if blind else str(device)
+
+
 def choose_amp(
     config: Config, device: torch.device, network: Network | type[Network] = Network
 ) -> Config:

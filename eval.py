@@ -32,7 +32,7 @@ from devices import autocast
 from files import UserError, atomic, command_line, progress, read_json, write_json
 from mirror_unet import DATA_NAMES, UNIONS, decide, margins
 from runs import load_run, open_data, save_config
-from studies import BadStudy, find_studies
+from studies import BadStudy, find_studies, list_findings
 
 EIGHTEEN = ndimage.generate_binary_structure(3, 2)  # faces and edges join, corners do not
 
@@ -304,7 +304,7 @@ def predict(
     Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for studies of another kind than the
     run's and, after all good ones are written, for bad ones (unless skip_bad).
     """
-    found = find_studies(studies_dir, labelled=False)
+    found = find_studies(studies_dir, False, config.channels)
     if found.kind != config.kind:
         raise UserError(
             f"{studies_dir}: holds {DATA_NAMES[found.kind]} studies, the run was trained on "
@@ -313,7 +313,7 @@ def predict(
     findings, written = list(found.findings), []
     for study in progress(found.studies, "predict", "study"):
         try:
-            arrays, meta = preprocess(study, preprocessing(config))
+            arrays, meta = preprocess(study, preprocessing(config), config.allow)
         except BadStudy as error:
             findings += error.findings
             continue
@@ -321,8 +321,7 @@ def predict(
         written.append(out / f"{study.name.replace('/', '__')}.nii.gz")
         write_mask(written[-1], to_native(meta, margin, label_map), study.pet.path)
     if findings:
-        lines = "\n".join(f"  {finding}" for finding in sorted(findings))
-        message = f"{len(findings)} problems; {len(written)} studies were predicted:\n{lines}"
+        message = f"{len(written)} studies were predicted; {list_findings(findings)}"
         if not skip_bad:
             raise UserError(message)
         print(f"left out   {message}", file=sys.stderr)
@@ -334,8 +333,9 @@ def predict(
 # Options of a run that evaluation takes; what is not given stays as the run had it.
 EVAL_OPTIONS = (
     "data", "cache", "device", "amp", "threads", "workers", "overlap", "window_weights",
-    "window_batch", "check", "skip_bad",
+    "window_batch", "check", "skip_bad", "channels", "lesion_labels", "allow",
 )  # fmt: skip
+OF_DATA = ("channels", "lesion_labels", "allow")  # a run's own hold for its own data only
 ALIKE = ("kind", "spacing", "patch", "modality", "overlap", "window_weights")  # in a late fusion
 
 
@@ -433,6 +433,8 @@ def run_command(argv: list[str] | None = None) -> None:
     """python eval.py: see the top of the file."""
     args = parse(argv)
     given = as_options(args, EVAL_OPTIONS)
+    if args.predict or "data" in given:
+        given = dict.fromkeys(OF_DATA, ()) | given
     if args.table:
         print(tables.write_paper_table(args.table, args.runs[0], args.out or args.runs[0]))
         return

@@ -38,13 +38,13 @@ from config import (
     resolve,
     system_of,
 )
-from data import make_splits, read_splits
 from devices import choose_amp, choose_device
 from files import UserError, atomic, progress, read_json, write_json
 from losses import LOSSES
 from mirror_unet import MirrorUNet, Network
 from phantom import PHANTOM, write_phantom
-from studies import find_studies
+from splits import make_splits, read_splits
+from studies import find_studies, summarize
 
 # ------------------------------------------------------------------ what a config stands for
 
@@ -58,11 +58,11 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
     if config.data is None and not root.exists():
         say(f"data       no --data given: writing a simulated PET/CT cohort to {root}")
         write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
-    found = find_studies(root)
+    found = find_studies(root, True, config.channels, config.lesion_labels)
     config = resolve(config, found.kind, phantom=config.data is None)
     cases = prepare(
         root, found, preprocessing(config), Path(config.cache), config.workers, config.check,
-        config.skip_bad, say,
+        config.skip_bad, config.allow, say,
     )  # fmt: skip
     patients = len({case.patient for case in cases})
     ill = sum(case.has_lesion for case in cases)
@@ -72,7 +72,9 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
         f"patients, {ill} with a lesion"
     )
     if not found.patients_known:
-        say("           names do not tell the patient: each case counts as one; see --splits")
+        found.notes.append("names do not tell the patient: each case counts as one; see --splits")
+    for note in found.notes + summarize([case.meta["facts"] for case in cases]):
+        say(f"           {note}")
     return config, cases
 
 
@@ -80,8 +82,12 @@ def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[s
     """The splits of the run that goes on, if any, else those of --splits, else folds by patient."""
     given = run / "splits.json" if run else config.splits
     if given:
-        return read_splits(Path(given), cases)
-    return make_splits(cases, config.folds, config.fold, config.split_seed)
+        splits = read_splits(Path(given), cases, config.fold, config.skip_bad)
+    else:
+        splits = make_splits(cases, config.folds, config.fold, config.split_seed)
+    if not any(case.has_lesion for case in cases if case.name in splits["train"]):
+        raise UserError("No study of the training part has a lesion. Give other --splits or data.")
+    return splits
 
 
 def digest(content) -> str:
@@ -98,7 +104,7 @@ def build_model(config: Config) -> Network:
         theta = 0.2 if config.theta is None else config.theta
         model = MirrorUNet(
             mirror_version(config), config.shared, config.kind, theta, config.bottleneck,
-            config.norm, config.classifier, config.channels,
+            config.norm, config.classifier, config.widths,
         )  # fmt: skip
     if any(side % model.stride or side < model.least for side in config.patch):
         raise UserError(

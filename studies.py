@@ -1,11 +1,15 @@
 """Studies as they lie on disk: the layouts of their folders, and reading and checking one of them.
 
+    python studies.py DIR      what a folder holds, and everything that is wrong with it
+
 A new layout is a row of LAYOUTS: what lies there, and a generator of its studies as they should
-be, none in other folders. find_studies finds what is missing, read_study what is wrong in files.
+be, none in other folders. find_studies finds what is missing, read_study what is wrong in files,
+judge what cannot be right in their values.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import math
 import os
@@ -13,6 +17,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,16 +27,44 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from files import UserError, read_json
+from checks import ALLOWABLE, doubts, measure
+from files import UserError, command_line, progress, read_json
 
 nib.imageglobals.logger.setLevel("CRITICAL")  # bad headers are reported by our own check
 
 TOLERANCE_MM = 0.5  # how far corners of images of one study may lie apart
 NIFTI, END = (".nii.gz", ".nii"), re.compile(r"\.nii(\.gz)?$")
 CHANNEL_NAMES = {  # names in dataset.json, lower case, letters and digits only
-    "petct": {"ct": ("ct", "ctres"), "pet": ("pet", "suv", "pt", "petsuv")},
+    "petct": {
+        "ct": ("ct", "ctres"),
+        "pet": ("pet", "suv", "pt", "petsuv", "suvbw", "fdgpet", "psmapet"),
+    },
     "mri": {"ct": ("flair", "t2flair", "t2f"), "pet": ("t1gd", "t1ce", "t1c", "t1wce")},
 }
+# Words that make a label a lesion, unless the word before denies it; for MRI, the first row with
+# one of a label's words tells its class: 1 edema, 2 core, 0 neither.
+LESION = re.compile(r"tumou?rs?|lesions?|gtv[pn]?|cancer|metastas[ie]s")
+NO_LESION = ("no", "non", "peri")
+TUMOUR_PARTS = (
+    (1, {"edema", "oedema", "ed", "snfh", "whole"}),
+    (0, {"resection", "cavity", "rc"}),
+    (
+        2,
+        {
+            "core",
+            "tumor",
+            "tumour",
+            "necrotic",
+            "necrosis",
+            "ncr",
+            "net",
+            "netc",
+            "et",
+            "enhancing",
+        },
+    ),
+)
+OFFICIAL = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE)  # a patient of AutoPET
 
 
 class Finding(NamedTuple):
@@ -86,6 +119,15 @@ class Found(NamedTuple):
     studies: list[Study]
     findings: list[Finding]
     patients_known: bool  # False where a layout does not tell which studies share a patient
+    notes: list[str]  # what a user should know of how it was read
+
+
+class Asked(NamedTuple):
+    """What a reader is asked for beside a folder."""
+
+    labelled: bool = True  # masks are needed
+    channels: dict[int, str] = {}  # names in place of dataset.json's
+    lesions: tuple[int, ...] = ()  # values of lesions in place of what the labels' names say
 
 
 # ------------------------------------------------------------------ layouts
@@ -102,21 +144,60 @@ def stems(folder: Path) -> list[str]:
     return sorted(END.sub("", f.name) for f in folder.glob("[!.]*") if END.search(f.name))
 
 
-def read_tree(root: Path, labelled: bool) -> Iterator[Study]:
-    """AutoPET as TCIA distributes it. Through links, but each real folder once."""
+def folders(root: Path) -> Iterator[tuple[Path, Path]]:
+    """All folders below `root`, and where they really lie; through links, but each of them once."""
     seen = set()
     for path, names, _ in os.walk(root, followlinks=True):
-        folder, real = Path(path), Path(path).resolve()
+        real = Path(path).resolve()
         if real in seen:
             names.clear()
             continue
         seen.add(real)
         names[:] = sorted(n for n in names if not n.startswith(".") and n != "__MACOSX")
+        yield Path(path), real
+
+
+def read_tree(root: Path, asked: Asked) -> Iterator[Study]:
+    """AutoPET as TCIA distributes it."""
+    for folder, real in folders(root):
         ct, pet, seg = (nifti(folder, stem) for stem in ("CTres", "SUV", "SEG"))
-        of_patient = re.fullmatch(r"PETCT_[0-9a-f]{10}", folder.parent.name)
+        of_patient = re.fullmatch(r"PETCT_[0-9a-f]{10}|PSMA_[0-9a-f]{16}", folder.parent.name)
         if of_patient or any(file.exists() for file in (ct, pet, seg)):
             patient = real.parent.name
             yield Study(f"{patient}/{real.name}", patient, "petct", Source(ct), Source(pet), seg)
+
+
+class Challenge(NamedTuple):
+    """How a year of BraTS ends the names of a case's files, and what its labels are."""
+
+    flair: str
+    t1gd: str
+    patient: str  # in a case's name
+    classes: tuple[tuple[int, int], ...]
+
+
+BRATS = (  # labels: necrotic core, edema, enhancing tumour, and of 2024 the resection cavity
+    Challenge("flair", "t1ce", r".+", ((0, 0), (1, 2), (2, 1), (4, 2))),  # 2018-2021
+    Challenge(
+        "t2f", "t1c", r"BraTS-\w+-\d+", ((0, 0), (1, 2), (2, 1), (3, 2), (4, 0))
+    ),  # 2023, 2024
+)
+
+
+def read_brats(root: Path, asked: Asked) -> Iterator[Study]:
+    """BraTS as it is distributed: a folder for each case, perhaps below HGG and LGG."""
+    for folder, _ in folders(root):
+        ends = {re.split("[_-]", stem)[-1].lower(): stem for stem in stems(folder)}
+        for year in BRATS:
+            if not {year.flair, year.t1gd} & ends.keys():
+                continue
+            case, between = re.match(r"(.*)([_-])", next(iter(ends.values()))).groups()
+            names = [ends.get(end, f"{case}{between}{end}") for end in (year.flair, year.t1gd)]
+            masks = [stem for stem in ends.values() if "seg" in stem.lower()]
+            mask = nifti(folder, masks[0] if masks else f"{case}{between}seg")
+            patient = re.match(year.patient, folder.name)
+            images = [Source(nifti(folder, name)) for name in names]
+            yield Study(folder.name, patient and patient[0], "mri", *images, mask, year.classes)
 
 
 class Dataset(NamedTuple):
@@ -129,32 +210,47 @@ class Dataset(NamedTuple):
     listed: list[str]  # cases that it names for training
     images: Path
     masks: Path
+    notes: list[str]
 
 
-def read_dataset(root: Path, labelled: bool) -> Dataset | None:
+def read_dataset(root: Path, asked: Asked) -> Dataset | None:
     """The dataset.json in `root` or, as `root` may be an images folder to predict, beside it."""
-    beside = not labelled and not (root / "dataset.json").is_file()
+    beside = not asked.labelled and not (root / "dataset.json").is_file()
     path = (root.parent if beside else root) / "dataset.json"
     if not path.is_file():
         return None
-    content = read_json(path)
+    content, notes = read_json(path), []
+    test = not asked.labelled and stems(root / "imagesTs")
+    images = root if beside else root / ("imagesTs" if test else "imagesTr")
+    masks = path.with_name("labelsTs" if images.name == "imagesTs" else "labelsTr")
     try:
         names = content.get("channel_names") or content["modality"]
-        kind, slots = find_channels(path, names)
-        classes = find_classes(path, kind, content["labels"])
+        known = asked.channels or name_official(names, stems(images), notes)
+        kind, slots = find_channels(path, known)
+        classes = find_classes(path, kind, content["labels"], asked.lesions, notes)
         entries = content.get("training") or []
         entries = [Path(e["image"] if isinstance(e, dict) else e) for e in entries]
+        count = content.get("numTraining")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         expected = "channel_names (or modality) and labels, each an object of numbers and names"
         raise UserError(f"{path}: expected {expected} ({error!r}). Correct it.") from None
-    test = not labelled and stems(root / "imagesTs")
-    images = root if beside else root / ("imagesTs" if test else "imagesTr")
-    masks = path.with_name("labelsTs" if images.name == "imagesTs" else "labelsTr")
     listed = [END.sub("", e.name) for e in entries] if images.name == "imagesTr" else []
-    return Dataset(kind, slots, len(names), classes, listed, images, masks)
+    here = len(stems(masks)) if asked.labelled else count
+    if count != here:
+        notes.append(f"dataset.json says numTraining {count}, {here} masks are there")
+    return Dataset(kind, slots, len(names), classes, listed, images, masks, notes)
 
 
-def find_channels(path: Path, names: dict[str, str]) -> tuple[str, tuple[int, int]]:
+def name_official(names: dict[str, str], files: list[str], notes: list[str]) -> dict[str, str]:
+    """The names of channels, mended where the AutoPET download calls both of its two "CT"."""
+    both_ct = [str(name).lower() for name in names.values()] == ["ct", "ct"]
+    if not (both_ct and files and all(OFFICIAL.match(file) for file in files)):
+        return names
+    notes.append("both channels are named CT; as in AutoPET's download, 0 is CT and 1 is SUV")
+    return {"0": "CT", "1": "SUV"}
+
+
+def find_channels(path: Path, names: dict) -> tuple[str, tuple[int, int]]:
     """Kind of data and the channels of ct and pet, by the names in dataset.json."""
     plain = {int(i): re.sub(r"[^a-z0-9]", "", str(name).lower()) for i, name in names.items()}
     for kind, slots in CHANNEL_NAMES.items():
@@ -163,46 +259,107 @@ def find_channels(path: Path, names: dict[str, str]) -> tuple[str, tuple[int, in
             return kind, (ct[0], pet[0])
     raise UserError(
         f"{path}: channels are named {', '.join(map(str, names.values()))}. Name exactly one CT "
-        "and one PET (or SUV), or one FLAIR and one T1Gd (or T1ce), so that none is guessed."
+        "and one PET (or SUV), or one FLAIR and one T1Gd (or T1ce), so that none is guessed; or "
+        "give their numbers: --channels ct=0 pet=1."
     )
 
 
-def find_classes(path: Path, kind: str, labels: dict) -> tuple[tuple[int, int], ...]:
-    """Value in the label file -> our class, from `labels` of dataset.json in either direction."""
-    pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in labels.items()]
-    values = {int(value): str(name).lower() for value, name in sorted(pairs)}
+def find_classes(
+    path: Path, kind: str, labels: dict, lesions: tuple[int, ...], notes: list[str]
+) -> tuple[tuple[int, int], ...]:
+    """Value in the label file -> our class, from `labels` of dataset.json in either direction.
+
+    A name may have several values (a region), and a value several names.
+    """
+    names: dict[int, list[str]] = {}
+    for key, label in labels.items():
+        name, values = (label, key) if str(key).isdecimal() else (key, label)
+        for value in values if isinstance(values, list) else [values]:
+            names.setdefault(int(value), []).append(str(name).lower())
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"{path}: labels {labels}. {why}.")
+
+    if "background" in sum((own for value, own in names.items() if value), []) or 0 not in names:
+        raise refuse("Expected 0 for the background")
+    if any("ignore" in own for own in names.values()):
+        raise refuse("Voxels to ignore are not supported: give them a label or take them out")
+    parts = {value: own for value, own in names.items() if value}
     if kind == "petct":
-        if set(values) != {0, 1}:
-            raise UserError(f"{path}: labels {values}. Expected background 0 and tumour 1 only.")
-        return ((0, 0), (1, 1))
-    if 0 not in values or not any("edema" in n for n in values.values()) or len(values) < 3:
-        raise UserError(f"{path}: labels {values}. Expected 0 background, edema, and tumour parts.")
-    return tuple((v, 0 if v == 0 else 1 if "edema" in n else 2) for v, n in values.items())
+        found = lesions or find_lesions(parts)
+        if not found or not {*found} <= {*parts}:
+            raise refuse("Say which values are lesions: --lesion-labels 1 2")
+        rest = [f"{value} {' '.join(own)}" for value, own in parts.items() if value not in found]
+        if rest:
+            notes.append(f"labels {', '.join(map(str, found))} are lesions; background: {rest}")
+        return ((0, 0), *((value, int(value in found)) for value in sorted(parts)))
+    classes = {value: find_part(own) for value, own in sorted(parts.items())}
+    if not {1, 2} <= {*classes.values()} <= {0, 1, 2}:
+        raise refuse("Expected 0 background, edema, and tumour parts")
+    return ((0, 0), *classes.items())
 
 
-def read_nnunet(root: Path, labelled: bool) -> Iterator[Study]:
-    """A file for each channel of a case. Names tell the patient as autoPET III has them."""
-    data = read_dataset(root, labelled)
-    count = Counter(stems(data.images) if data else ())
-    if not any(re.search(r"_\d{4}$", stem) and stem not in data.listed for stem in count):
+def words_of(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name)
+
+
+def find_lesions(parts: dict[int, list[str]]) -> list[int]:
+    """The values of lesions: those of the only label, or of the names that say so."""
+
+    def says_so(name: str) -> bool:
+        words = ["", *words_of(name)]
+        pairs = zip(words, words[1:], strict=False)
+        return any(LESION.fullmatch(word) and before not in NO_LESION for before, word in pairs)
+
+    sole = len({tuple(own) for own in parts.values()}) == 1
+    return sorted(value for value, own in parts.items() if sole or any(map(says_so, own)))
+
+
+def find_part(names: list[str]) -> int | None:
+    """The class of a value by its names, of which regions have several: core lies inside whole."""
+    found = [
+        next((part for part, words in TUMOUR_PARTS if words & {*words_of(name)}), None)
+        for name in names
+    ]
+    return None if None in found else max(found)
+
+
+def read_nnunet(root: Path, asked: Asked) -> Iterator[Study | str]:
+    """A file for each channel of a case. Names tell the patient as AutoPET III has them."""
+    data = read_dataset(root, asked)
+    found = stems(data.images) if data else []
+    if not any(re.search(r"_\d{4}$", stem) and stem not in data.listed for stem in found):
         return
-    cases = {re.sub(r"_\d{4}$", "", stem) for stem in count}
-    cases.update(stems(data.masks) if labelled else ())  # whose images may be missing
+    yield from data.notes
+    cases = {re.sub(r"_\d{4}$", "", stem) for stem in found}
+    cases.update(stems(data.masks) if asked.labelled else ())  # whose images may be missing
     for case in sorted(cases):
-        patient = re.match(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", case, re.IGNORECASE)
-        names, mask = [f"{case}_{i:04d}" for i in data.slots], nifti(data.masks, case)
-        images = [Source(nifti(data.images, name)) for name in names]
-        for _ in range(max(1, *(count[name] for name in names))):  # both .nii and .nii.gz
-            yield Study(case, patient and patient[0], data.kind, *images, mask, data.classes)
+        patient, mask = OFFICIAL.match(case), nifti(data.masks, case)
+        images = [Source(nifti(data.images, f"{case}_{i:04d}")) for i in data.slots]
+        yield Study(case, patient and patient[0], data.kind, *images, mask, data.classes)
 
 
-def read_decathlon(root: Path, labelled: bool) -> Iterator[Study]:
+def read_decathlon(root: Path, asked: Asked) -> Iterator[Study | str]:
     """A file for each case, with all channels."""
-    data = read_dataset(root, labelled)
+    data = read_dataset(root, asked)
+    yield from data.notes if data else ()
     for case in (data.listed or stems(data.images)) if data else ():
         file, mask = nifti(data.images, case), nifti(data.masks, case)
         images = [Source(file, i, data.channels) for i in data.slots]
         yield Study(case, case, data.kind, *images, mask, data.classes)
+
+
+def read_images(root: Path, asked: Asked) -> Iterator[Study | str]:
+    """Images alone, to predict: a file for each channel of a case, as nnU-Net names them."""
+    cases = [stem.removesuffix("_0001") for stem in stems(root) if stem.endswith("_0001")]
+    if asked.labelled or not cases:
+        return
+    kind, slots = find_channels(root, asked.channels or {0: "CT", 1: "PET"})
+    if not asked.channels:
+        yield "no dataset.json: _0000 is taken for CT and _0001 for PET (else: --channels)"
+    for case in cases:
+        images = [Source(nifti(root, f"{case}_{i:04d}")) for i in slots]
+        yield Study(case, None, kind, *images, None)
 
 
 class Layout(NamedTuple):
@@ -210,45 +367,85 @@ class Layout(NamedTuple):
 
     name: str
     sign: str  # what lies there
-    read: Callable[[Path, bool], Iterator[Study]]  # of a folder, and whether masks are needed
+    read: Callable[[Path, Asked], Iterator[Study | str]]  # studies, and notes for the user
 
 
 LAYOUTS = (  # the first that yields a study counts
     Layout("nnU-Net raw", "dataset.json, imagesTr/<id>_0000.nii.gz", read_nnunet),
     Layout("Medical Segmentation Decathlon", "dataset.json, imagesTr/<id>.nii.gz", read_decathlon),
     Layout("AutoPET (TCIA)", "PETCT_*/<study>/{SUV,CTres,SEG}.nii.gz", read_tree),
+    Layout("BraTS", "<case>/<case>_{flair,t1ce,seg}.nii.gz or -{t2f,t1c,seg}", read_brats),
+    Layout("images to predict", "<id>_0000.nii.gz, <id>_0001.nii.gz", read_images),
 )
+UNREAD = (  # what else may lie there: its name, what it is, and what to do
+    (r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
+    (r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
+    (r".*\.mh[ad]|.*\.nrrd", "{file} is no NIfTI", "Convert such files to .nii.gz"),
+    (r".*\.dcm|DICOMDIR|.*\.ima", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV, as TCIA's "
+     "scripts for AutoPET do"),
+    (r".*\.(zip|tar|tgz|tar\.gz|7z)", "{file} is an archive", "Unpack it"),
+)  # fmt: skip
 
 
-def find_studies(root: Path, labelled: bool = True) -> Found:
+def explain_nothing(root: Path) -> str:
+    """What lies below a folder in which no layout was recognised, and what to do."""
+    for path, names, files in os.walk(root):
+        for sign, what, remedy in UNREAD:
+            if hits := [n for n in sorted(names + files) if re.fullmatch(sign, n, re.IGNORECASE)]:
+                return f"{what.format(folder=path, file=Path(path, hits[0]))}. {remedy}."
+    return "Expected " + ", or ".join(f"{row.sign} ({row.name})" for row in LAYOUTS) + "."
+
+
+def find_studies(root: Path, labelled: bool = True, channels=(), lesion_labels=()) -> Found:
     """All studies below `root`, whichever layout it has, and what is missing or there twice.
 
     labelled: training and evaluation need a mask per study; prediction does not (then imagesTs is
-    taken before imagesTr, and `root` may also be an images folder or a single study).
+    taken before imagesTr, and `root` may also be an images folder or a single study). channels:
+    such as ("ct=0", "pet=1"), where the names in dataset.json do not tell. lesion_labels: values.
     Raises UserError if nothing that looks like a study is there.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder. Give --data the folder that holds the studies.")
+        what = "a file" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {what}. Give --data the folder that holds the studies, unpacked.")
+    given = {int(number): name for name, number in (word.split("=") for word in channels)}
+    asked = Asked(labelled, given, tuple(lesion_labels))
     for layout in LAYOUTS:
-        if wanted := list(layout.read(root, labelled)):
+        items = list(layout.read(root, asked))
+        if wanted := [item for item in items if isinstance(item, Study)]:
             break
     else:
-        expected = ", or ".join(f"{row.sign} ({row.name})" for row in LAYOUTS)
-        raise UserError(f"{root}: no studies found. Expected {expected}.")
-    studies, findings, seen = [], [], {}
+        raise UserError(f"{root}: no studies found. {explain_nothing(root)}")
+    studies, findings, seen, spelling = [], [], {}, {}
     for study in wanted:
-        label = study.label if labelled else None
-        study = replace(study, patient=study.patient or study.name, label=label)
-        missing = sorted({str(s.path) for s in study.sources.values() if not s.path.exists()})
-        remedy = f"Copy it there, or take {study.name} out"
-        findings += [Finding(file, "missing file", remedy) for file in missing]
+        patient = study.patient or study.name  # ids that differ in case only are one patient
+        patient = spelling.setdefault(patient.lower(), patient)
+        study = replace(study, patient=patient, label=study.label if labelled else None)
+        lack = [
+            Finding(str(path), found, remedy.format(study.name))
+            for path in sorted({s.path for s in study.sources.values()})
+            for found, remedy in misplaced(path)
+        ]
         if study.name in seen:
             twice = f"duplicate case {study.name}, also in {seen[study.name]}"
             findings.append(Finding(str(study.pet.path), twice, "Keep one of the two"))
-        elif not missing:
+        elif not lack:
             studies.append(study)
+        findings += lack
         seen.setdefault(study.name, study.pet.path.parent)
-    return Found(wanted[0].kind, layout.name, studies, findings, all(s.patient for s in wanted))
+    notes = [item for item in items if isinstance(item, str)]
+    known = all(study.patient for study in wanted)
+    return Found(wanted[0].kind, layout.name, studies, findings, known, notes)
+
+
+def misplaced(path: Path) -> Iterator[tuple[str, str]]:
+    """What is wrong with a file before it is opened, and what to do."""
+    if not path.exists():
+        yield "missing file", "Copy it there, or take {} out"
+    elif not path.is_file():  # reading a pipe would wait for ever
+        yield "not a file", "Replace it, or take {} out"
+    stem = END.sub("", path.name)
+    if all(path.with_name(stem + end).exists() for end in NIFTI):
+        yield "there as .nii and as .nii.gz", "Keep one of the two"
 
 
 # ------------------------------------------------------------------ reading and checking one study
@@ -259,14 +456,17 @@ class Volume(NamedTuple):
 
     data: np.ndarray
     affine: np.ndarray
+    placed: bool = True  # False: neither sform nor qform says where it lies
+    sides_differ: bool = False  # sform and qform disagree on left and right
 
 
 def gunzip(raw: bytes) -> bytes:
     """gzip.decompress, in a buffer of the right size from the start: the stream's end tells it."""
     size = int.from_bytes(raw[-4:], "little")
+    equal = raw[-4:] + b"\x1f\x8b\x08"  # the end of a stream of that size, and another behind it
     with suppress(zlib.error):  # damaged: gzip says how
         whole = zlib.decompress(raw, 31, min(size, 1032 * len(raw)) + 1)
-        if len(whole) == size:  # else there are several streams, or zeros behind the last
+        if len(whole) == size and equal not in raw:  # else several, or zeros behind the last
             return whole
     return gzip.decompress(raw)
 
@@ -314,12 +514,24 @@ def read_nifti(path: Path, channels: int | None = None) -> Volume:
         data = data * np.float32(stored.slope) + np.float32(stored.inter)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         raise bad("NaN or Inf voxels", "Repair the conversion that wrote it")
-    return Volume(data, affine)
+    return Volume(data, affine, *placement(image.header))
+
+
+def placement(header) -> tuple[bool, bool]:
+    """Whether a header says where the image lies, and whether it says two different things."""
+    forms = [header.get_sform(coded=True)]
+    with suppress(Exception):  # nibabel reads a damaged qform only if there is no sform
+        forms.append(header.get_qform(coded=True))
+    own = [form for form, code in forms if code > 0]
+    if len(own) < 2:
+        return bool(own), False
+    return True, bool((own[0][:3, :3] @ np.linalg.inv(own[1][:3, :3]))[0, 0] < 0)
 
 
 def read_label(path: Path, classes: tuple[tuple[int, int], ...]) -> Volume:
     """Read a mask as uint8 classes. Raises BadStudy for a value outside `classes`."""
-    data, affine = read_nifti(path)
+    volume = read_nifti(path)
+    data = volume.data
     mapped, known = np.zeros(data.shape, np.uint8, order="F"), 0
     for value, ours in classes:
         here = data == value
@@ -332,7 +544,7 @@ def read_label(path: Path, classes: tuple[tuple[int, int], ...]) -> Volume:
         found = f"label values {unknown} outside the expected set {set(values)}"
         remedy = "Correct the mask, or its names in dataset.json"
         raise BadStudy(Finding(str(path), found, remedy))
-    return Volume(mapped, affine)
+    return volume._replace(data=mapped)
 
 
 def difference(a: Volume, b: Volume, name: str) -> str:
@@ -362,8 +574,10 @@ def read_study(study: Study) -> dict[str, Volume]:
             findings += error.findings
     for slot, (path, channel, _) in study.sources.items():
         if path in files:
-            data, affine = files[path]
-            volumes[slot] = Volume(data if channel is None else data[..., channel], affine)
+            data = files[path].data
+            volumes[slot] = files[path]._replace(
+                data=data if channel is None else data[..., channel]
+            )
     for slot, volume in volumes.items():
         if found := difference(volume, volumes.get("pet", volume), study.pet.path.name):
             path = str(study.sources[slot].path)
@@ -371,3 +585,93 @@ def read_study(study: Study) -> dict[str, Volume]:
     if findings:
         raise BadStudy(*findings)
     return volumes
+
+
+def judge(study: Study, volumes: dict[str, Volume], allow=()) -> dict:
+    """What is known of a study by its values, and which checks were let pass because `allow` names
+    them. Raises BadStudy with the first of CHECKS that fails, which explains those behind it."""
+    images = {slot: volume.data for slot, volume in volumes.items()}
+    measured = measure(images, units=study.kind == "petct")
+    measured["sides_differ"] = any(volume.sides_differ for volume in volumes.values())
+    allowed = []
+    for check, found in doubts(measured):
+        if check.name not in allow:
+            pass_it = f"; if it is right: --allow {check.name}" if check.name else ""
+            remedy = f"{check.remedy}{pass_it}"
+            raise BadStudy(Finding(str(study.sources[check.slot].path), found, remedy))
+        allowed.append(check.name)
+    placed = all(volume.placed for volume in volumes.values())
+    return {n: measured.get(n) for n in ("suv", "hu")} | {"placed": placed, "allowed": allowed}
+
+
+def summarize(facts: list[dict]) -> list[str]:
+    """Lines on the facts of all studies (see judge), for the user to see what is off."""
+    lines = []
+    if units := [(own["suv"], own["hu"]) for own in facts if own["suv"] is not None]:
+        suv, hu = np.median(units, axis=0)
+        lines.append(f"median SUV {suv:.2f} and HU {hu:.0f} in the body")
+    if lost := sum(not own["placed"] for own in facts):
+        lines.append(f"{lost} studies have neither sform nor qform: left and right are guessed")
+    for name, count in Counter(name for own in facts for name in own["allowed"]).items():
+        lines.append(f"{count} studies passed by --allow {name}")
+    return lines
+
+
+def list_findings(findings: list[Finding]) -> str:
+    """How many, in how many files, and each in a line."""
+    files = len({finding.file for finding in findings})
+    lines = "\n".join(f"  {finding}" for finding in sorted(findings))
+    return f"{len(findings)} problems in {files} files:\n{lines}"
+
+
+def report(root: Path, labelled: bool, channels, lesion_labels, allow) -> None:
+    """Print what a folder holds. Raises UserError with all findings, if there are any."""
+    found = find_studies(root, labelled, channels, lesion_labels)
+    first = found.studies[0] if found.studies else None
+
+    def check(study: Study) -> dict | BadStudy:
+        try:
+            volumes = read_study(study)
+            return judge(study, volumes, allow) | {
+                "lesion": "label" in volumes and bool(volumes["label"].data.any())
+            }
+        except BadStudy as error:
+            return error
+
+    print(f"layout     {found.layout}, {found.kind}")
+    for note in found.notes:
+        print(f"           {note}")
+    for slot, source in first.sources.items() if first else ():
+        channel = "" if source.channel is None else f", channel {source.channel}"
+        print(f"{slot:<11}{source.path}{channel}")
+    if labelled and first:
+        print(f"labels     value in the file -> class: {dict(first.classes)}")
+    count = len(found.studies)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(progress(pool.map(check, found.studies), "check", "study", count))
+    good = [own for own in results if isinstance(own, dict)]
+    patients = len({study.patient for study in found.studies})
+    ill = sum(own["lesion"] for own in good)
+    print(f"studies    {count} of {patients} patients, {ill} with a lesion")
+    for line in summarize(good):
+        print(f"           {line}")
+    bad = [f for own in results if isinstance(own, BadStudy) for f in own.findings]
+    if findings := found.findings + bad:
+        raise UserError(list_findings(findings))
+    print("no problem was found")
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """python studies.py: see the top of the file."""
+    parser = argparse.ArgumentParser(description="What a folder of studies holds, and its faults.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--predict", action="store_true", help="studies without masks")
+    parser.add_argument("--channels", nargs="+", default=(), metavar="", help="such as ct=0 pet=1")
+    parser.add_argument("--lesion-labels", nargs="+", type=int, default=(), metavar="")
+    parser.add_argument("--allow", nargs="+", default=(), choices=ALLOWABLE)
+    args = parser.parse_args(argv)
+    report(args.folder, not args.predict, args.channels, args.lesion_labels, args.allow)
+
+
+if __name__ == "__main__":
+    command_line(run_command)

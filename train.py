@@ -25,7 +25,7 @@ from cache import Case
 from config import Config, add_flags, as_options, plain, title, versions_in_words
 from console import Log
 from data import Loader, Patches, Schedule, add_noise, shuffle_voxels
-from devices import Ranks, autocast, choose_amp, choose_device
+from devices import Ranks, autocast, choose_amp, choose_device, describe
 from eval import evaluate, see, val_dice, write_results
 from files import UserError, command_line, write_json
 from losses import gradient_norms
@@ -138,13 +138,15 @@ def make_optimizer(model: nn.Module, config: Config, device: torch.device):
 def introduce(state: State, parts: dict[str, list[Case]], loader: Loader) -> None:
     """Say what is trained on what."""
     config, say = state.config, state.ranks.say
-    if not any(case.has_lesion for case in parts["val"]):
-        say("splits     no lesion in the validation part: best.pt is the last validated epoch")
+    for part, then in (("val", "best.pt is the last validated epoch"), ("test", "no Dice, no FNV")):
+        if not any(case.has_lesion for case in parts[part]):
+            say(f"splits     no lesion in the {part} part: {then}")
     say(
         f"model      {title(config)}, {count_parameters(state.model) / 1e6:.2f} M parameters\n"
         f"splits     {', '.join(f'{len(own)} {part}' for part, own in parts.items())}\n"
         f"run        {state.run}, epochs {state.epoch + 1} to {config.epochs} of {len(loader)} "
-        f"steps of {config.batch_size} crops {config.patch}, {state.device}, amp {config.amp}"
+        f"steps of {config.batch_size} crops {config.patch}, {describe(state.device)}, "
+        f"amp {config.amp}"
     )
 
 

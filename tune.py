@@ -112,7 +112,8 @@ def name_of(trial: Config, studies: str) -> str:
 def plan(args: argparse.Namespace, given: dict) -> list[Config]:
     """All trials that were asked for, with their folders; the data are read. Raises UserError."""
     phantom, free = "data" not in given, args.search == "free"
-    kind = "petct" if phantom else find_studies(Path(given["data"])).kind
+    told = (given.get("channels", ()), given.get("lesion_labels", ()))
+    kind = "petct" if phantom else find_studies(Path(given["data"]), True, *told).kind
     asked = settings(args.search, given, args.seed or [0], args.samples or 32, kind)
     configs = [options.resolve(Config(**values), kind, phantom) for values in asked]
     # one pass over the studies before the trials, which share its memory-mapped cache

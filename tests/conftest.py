@@ -91,7 +91,7 @@ def base(tmp_path_factory):
         version="v3", data=str(root / "data"), cache=str(root / "cache"), device="cpu", amp="none",
         threads=1, workers=0, epochs=2, steps=2, batch_size=2, patch=(16, 16, 16),
         spacing=(16.0, 16.0, 16.0), folds=3, val_every=1, phi="noise", seed=1, lr=3e-3,
-        channels=(4, 8, 8, 16, 16), out=str(root / "run"),
+        widths=(4, 8, 8, 16, 16), out=str(root / "run"),
     )  # fmt: skip
 
 

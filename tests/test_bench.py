@@ -81,7 +81,7 @@ def test_rows_that_read_studies(studies, capsys, tmp_path):
 def test_training_beside_the_step_alone(studies, capsys, tmp_path, monkeypatch):
     for figure in ("curves", "examples"):
         monkeypatch.setattr(train.plots, figure, lambda *args: None)
-    line = "train --patch 16 --steps 2 --epochs 3 --workers 0 --spacing 12 --channels 4 8 8 16 16"
+    line = "train --patch 16 --steps 2 --epochs 3 --workers 0 --spacing 12 --widths 4 8 8 16 16"
     row = run(line, capsys, "--data", studies, "--scratch", tmp_path, "--cache", tmp_path / "cache")
     assert row["patches_per_s"] == pytest.approx(4 / row["median"]) and len(row["seconds"]) == 3
     assert row["values"]["share_of_step"] > 0 and len(row["values"]["data_wait"]) == 3

@@ -280,9 +280,9 @@ def test_check_finds_damage_that_keeps_size_and_time(tcia, tmp_path):
 
 
 def test_file_that_changes_while_it_is_read(tcia, tmp_path, monkeypatch):
-    def touch(study, settings):
+    def touch(study, *args):
         os.utime(study.pet.path, (0, 0))
-        return preprocess(study, settings)
+        return preprocess(study, *args)
 
     monkeypatch.setattr(cache, "preprocess", touch)
     assert "changed while it was read. Start again" in message_of(tcia(1), tmp_path / "cache")
@@ -304,19 +304,19 @@ def test_all_bad_studies_are_reported(tcia, tmp_path):
     ]
     for _ in range(2):  # the second time the good ones come from the cache
         head, *lines, foot = message_of(root, tmp_path / "cache").splitlines()
-        assert head == "the input check found 4 problems in 4 files; 1 studies are fine:"
-        assert "--skip-bad" in foot and len(lines) == 4
+        assert head == "the input check found 4 problems in 4 files:"
+        assert foot.startswith("1 studies are fine.") and "--skip-bad" in foot and len(lines) == 4
         assert all(line.startswith(start) for start, line in zip(bad, lines, strict=True))
     cases = prepare(root, tmp_path / "cache", skip_bad=True, say=said.append)
     assert [c.patient for c in cases] == ["PETCT_0000000003"]
-    assert said[-1].startswith("left out   4 problems in 4 files (--skip-bad):")
+    assert said[-1].startswith("left out   4 problems in 4 files:")
     assert all(start in said[-1] for start in bad)
 
 
 def test_an_interrupt_leaves_the_rest_undone(tcia, tmp_path, monkeypatch):
     begun, go = [], threading.Event()
 
-    def slow(study, settings, folder):
+    def slow(study, *args):
         begun.append(study.name)
         go.wait(10)
         return []

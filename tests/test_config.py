@@ -105,7 +105,7 @@ NAN = float("nan")
         ("petct", {"patch": (32, 32, 8)}, "--patch"),
         ("petct", {"patch": (32, 32)}, r"--patch \(32, 32\): give 1 or 3 numbers"),
         ("petct", {"patch": (0,)}, "--patch"),
-        ("petct", {"channels": (4, 8)}, "--channels"),
+        ("petct", {"widths": (4, 8)}, "--widths"),
         ("petct", {"spacing": (2.0, 0.0, 3.0)}, "--spacing"),
         ("petct", {"spacing": (NAN,)}, "--spacing"),
         ("petct", {"patch": (16,), "shuffle_edge": 17}, "--shuffle-edge 17"),

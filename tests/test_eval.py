@@ -373,7 +373,7 @@ def others(tmp_path_factory, base, finished):
     """Untrained runs of v1, ct and pet on the data and splits of the finished one."""
     root = tmp_path_factory.mktemp("others")
     for i, version in enumerate(("v1", "ct", "pet")):
-        own = {} if version == "v1" else {"channels": Config().channels, "phi": None}
+        own = {} if version == "v1" else {"widths": Config().widths, "phi": None}
         config = replace(base, version=version, seed=i, **own)
         config = resolve(config, "petct", phantom=False)
         content = {"model": build_model(config).state_dict(), "epoch": 7, "val_dice": 0.25}

@@ -5,10 +5,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    *("mirror_unet", "losses", "baselines", "files", "studies", "phantom", "cache", "data"),
-    *("config", "devices", "runs", "tables", "eval", "plots", "console", "train", "tune", "bench"),
+    *("mirror_unet", "losses", "baselines", "files", "checks", "studies"),
+    *("phantom", "cache", "splits", "data", "config"),
+    *("devices", "runs", "tables", "eval", "plots", "console", "train", "tune", "bench"),
 ]
-WITHOUT_TORCH = {"files", "studies", "phantom", "cache"}
+WITHOUT_TORCH = {"files", "checks", "studies", "phantom", "cache", "splits"}
 WHERE_NEEDED = {"ray", "tensorboardX"}  # may be imported inside functions
 
 

@@ -14,6 +14,7 @@ import studies
 from files import UserError
 from studies import BadStudy, Finding, Found, Layout, Source, Study, find_studies, read_study
 
+NAME = "PETCT_0000000000/01-01-2000-NA-PET-CT"
 STEMS = {"ct": "CTres", "pet": "SUV", "label": "SEG"}
 
 
@@ -167,7 +168,8 @@ def test_studies_to_predict(nnunet, tcia):
 
 
 def test_a_layout_is_a_row(tmp_path, monkeypatch):
-    def read(root, labelled):
+    def read(root, asked):
+        yield "a note"
         for file in sorted(root.glob("*.ct.nii")):
             pet = Source(file.with_name(file.name.replace(".ct.", ".pet.")))
             yield Study(file.name[:2], None, "petct", Source(file), pet, root / "mask.nii")
@@ -183,7 +185,7 @@ def test_a_layout_is_a_row(tmp_path, monkeypatch):
         "s1", "s1", "petct", *(Source(tmp_path / f"s1.{x}.nii") for x in ("ct", "pet")), None
     )
     missing = Finding(str(tmp_path / "s2.pet.nii"), "missing file", "Copy it there, or take s2 out")
-    assert found == Found("petct", "ours", [made], [missing], False)
+    assert found == Found("petct", "ours", [made], [missing], False, ["a note"])
 
 
 CONTENTS = (
@@ -192,8 +194,8 @@ CONTENTS = (
     ("expected channel_names", {"channel_names": {}}),
     ("expected channel_names", {"channel_names": ["CT", "PET"]}),
     ("expected channel_names", {"channel_names": {"CT": 0, "PET": 1}}),
-    ("and labels", {"labels": None}), ("and labels", {"labels": {"background": 0, "all": [1, 2]}}),
-    ("Expected background 0 and tumour 1", {"labels": {"background": 0, "a": 1, "b": 2}}),
+    ("and labels", {"labels": None}), ("and labels", {"labels": {"background": 0, "a": [[1], 2]}}),
+    ("--lesion-labels 1 2", {"labels": {"background": 0, "a": 1, "b": 2}}),
     ("expected", {"training": [3]}), ("expected", {"training": [{"label": "a"}]}),
     ("not valid JSON", "{"), ("expected channel_names", "[1]"),
 )  # fmt: skip
@@ -240,10 +242,11 @@ def test_same_name_twice(tcia, nnunet):
     shutil.copytree(root / "PETCT_0000000000", root / "copy" / "PETCT_0000000000")
     image = other / "imagesTr/case_000_0001.nii.gz"
     image.with_suffix("").write_bytes(gzip.decompress(image.read_bytes()))
-    for folder, name in ((root, "PETCT_0000000000/01"), (other, "case_000")):
+    twice = "there as .nii and as .nii.gz"
+    for folder, found_there, count in ((root, f"duplicate case {NAME}", 2), (other, twice, 1)):
         found = find_studies(folder)
         (finding,) = found.findings
-        assert finding.found.startswith(f"duplicate case {name}") and len(found.studies) == 2
+        assert finding.found.startswith(found_there) and len(found.studies) == count
 
 
 # ------------------------------------------------------------------ the input check

@@ -294,7 +294,7 @@ def test_a_system_of_each_mechanism_from_training_to_masks(base, cases, tmp_path
     """Deep supervision, a classifier beside reconstructions, alternating branches."""
     run = tmp_path / version
     options = dict(version=version, phi=None, patch=patch, epochs=1, steps=1, val_every=1)
-    options |= dict(channels=Config.channels, out=str(run))
+    options |= dict(widths=Config.widths, out=str(run))
     result = train.train(replace(base, **options))
     assert result["epochs"] == 1 and (run / "examples.png").exists()
     frame = pd.read_csv(run / "test_studies.csv")

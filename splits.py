@@ -1,0 +1,127 @@
+"""Which studies train, validate and test: folds by patient, or a file that names them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cache import Case
+from files import UserError, read_json
+
+PARTS = ("train", "val", "test")
+
+
+def make_splits(cases: list[Case], folds: int = 5, fold: int = 0, seed: int = 0) -> dict:
+    """Names of the studies by part: test is fold `fold` of `folds`, val a tenth of the rest.
+
+    All studies of a patient fall into one part; patients with and without tumour are dealt
+    separately, so that every fold has its share of both. Raises UserError if a part stays empty.
+    """
+    if not 0 <= fold < folds or folds < 2:
+        raise UserError(
+            f"--fold {fold} of --folds {folds}: folds count from 0, and 2 is the least."
+        )
+    dealt = deal(cases, seed)
+    test = dealt[fold::folds]
+    train, val = hold_out([patient for patient in dealt if patient not in test], cases)
+    if not (train and val and test):
+        raise UserError(
+            f"{len(dealt)} patients are too few for {folds} folds: each of train, val and "
+            "test needs one. Add studies, use fewer --folds or give --splits."
+        )
+    parts = zip(PARTS, (train, val, test), strict=True)
+    return {part: names_of(patients, cases) for part, patients in parts}
+
+
+def deal(cases: list[Case], seed: int) -> list[str]:
+    """Tumour patients, then healthy ones, each shuffled: dealing in turn spreads both."""
+    ill = {case.patient for case in cases if case.has_lesion}
+    patients = list(dict.fromkeys(c.patient for c in sorted(cases, key=lambda c: c.name)))
+    rng, dealt = np.random.default_rng(seed), []
+    for sick in (True, False):
+        group = [p for p in patients if (p in ill) == sick]
+        dealt += [group[i] for i in rng.permutation(len(group))]
+    return dealt
+
+
+def hold_out(patients: list[str], cases: list[Case]) -> tuple[list[str], list[str]]:
+    """Patients that train, and a tenth that validates: of those with and without tumour at least
+    one each, but the last of a kind trains."""
+    ill = {case.patient for case in cases if case.has_lesion}
+    val = []
+    for sick in (True, False):
+        group = [p for p in patients if (p in ill) == sick]
+        val += group[: min(-(-len(group) // 10), len(group) - 1)]
+    val = val or (patients[:1] if len(patients) > 1 else [])
+    return [p for p in patients if p not in val], val
+
+
+def names_of(patients: list[str], cases: list[Case]) -> list[str]:
+    return sorted(case.name for case in cases if case.patient in {*patients})
+
+
+def read_splits(
+    path: Path, cases: list[Case], fold: int = 0, skip_bad: bool = False, say: Callable = print
+) -> dict[str, list[str]]:
+    """A splits file: {"train": [...], "val": [...], "test": [...]} of study names, or nnU-Net's
+    splits_final.json, of whose `fold` val is the test part and a tenth of train's patients
+    validates. skip_bad: names that are not among `cases` are left out, and said.
+
+    Raises UserError for a missing part, an unknown study, or a patient in two parts.
+    """
+    splits = read_json(path)
+    nnunet = isinstance(splits, list) and splits
+    if nnunet:
+        if not 0 <= fold < len(splits):
+            raise UserError(f"{path}: has {len(splits)} folds. Give a --fold below, from 0.")
+        splits = splits[fold]
+    wanted = ("train", "val") if nnunet else PARTS
+    if not isinstance(splits, dict) or set(splits) != set(wanted):
+        raise UserError(
+            f"{path}: expected the keys {', '.join(wanted)}, each a list of studies. Correct it."
+        )
+    patients = {case.name: case.patient for case in cases}
+    unknown = check_names(path, splits, patients)
+    if unknown and not skip_bad:
+        raise UserError(
+            f"{path}: {len(unknown)} studies are not in the data, the first is {unknown[0]}. "
+            "Correct the names or --data."
+        )
+    if unknown:
+        say(f"splits     {len(unknown)} studies of {path} are left out, first {unknown[0]}")
+        splits = {part: [n for n in names if n in patients] for part, names in splits.items()}
+    check_patients(path, splits, patients)
+    if nnunet:
+        chosen = [case for case in cases if case.name in splits["train"]]
+        train, val = hold_out(deal(chosen, seed=0), chosen)
+        parts = {"train": names_of(train, chosen), "val": names_of(val, chosen)}
+        splits = parts | {"test": splits["val"]}
+    if empty := [part for part, names in splits.items() if not names]:
+        raise UserError(f"{path}: {empty[0]} is empty. Give it at least one study.")
+    return splits
+
+
+def check_names(path: Path, splits: dict, known) -> list[str]:
+    """The names that are not `known`, sorted. Raises UserError for a part that is no list of names
+    or holds one twice."""
+    for part, names in splits.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: {part} is not a list of studies. Correct it.")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{path}: {twice[0]} is in {part} twice. Take one out.")
+    return sorted({name for names in splits.values() for name in names} - {*known})
+
+
+def check_patients(path: Path, splits: dict, patients: dict[str, str]) -> None:
+    """Raises UserError for a patient in two parts."""
+    part_of: dict[str, str] = {}
+    for part, names in splits.items():
+        for name in names:
+            if part_of.setdefault(patients[name], part) != part:
+                raise UserError(
+                    f"{path}: patient {patients[name]} is in {part_of[patients[name]]} and in "
+                    f"{part}. Keep all studies of a patient together."
+                )
