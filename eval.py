@@ -310,6 +310,8 @@ def predict(
             f"{studies_dir}: holds {DATA_NAMES[found.kind]} studies, the run was trained on "
             f"{DATA_NAMES[config.kind]}. Choose a run of that kind."
         )
+    for note in found.notes:
+        print(note, file=sys.stderr)
     findings, written = list(found.findings), []
     for study in progress(found.studies, "predict", "study"):
         try:

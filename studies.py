@@ -227,7 +227,9 @@ def read_dataset(root: Path, asked: Asked) -> Dataset | None:
         names = content.get("channel_names") or content["modality"]
         known = asked.channels or name_official(names, stems(images), notes)
         kind, slots = find_channels(path, known)
-        classes = find_classes(path, kind, content["labels"], asked.lesions, notes)
+        classes = ((0, 0),)  # no masks, no labels to understand
+        if asked.labelled:
+            classes = find_classes(path, kind, content["labels"], asked.lesions, notes)
         entries = content.get("training") or []
         entries = [Path(e["image"] if isinstance(e, dict) else e) for e in entries]
         count = content.get("numTraining")
@@ -289,9 +291,9 @@ def find_classes(
         found = lesions or find_lesions(parts)
         if not found or not {*found} <= {*parts}:
             raise refuse("Say which values are lesions: --lesion-labels 1 2")
-        rest = [f"{value} {' '.join(own)}" for value, own in parts.items() if value not in found]
-        if rest:
-            notes.append(f"labels {', '.join(map(str, found))} are lesions; background: {rest}")
+        told = {value: f"{value} {' '.join(own)}" for value, own in sorted(parts.items())}
+        if rest := ", ".join(words for value, words in told.items() if value not in found):
+            notes.append(f"lesions: {', '.join(told[v] for v in found)}; background: {rest}")
         return ((0, 0), *((value, int(value in found)) for value in sorted(parts)))
     classes = {value: find_part(own) for value, own in sorted(parts.items())}
     if not {1, 2} <= {*classes.values()} <= {0, 1, 2}:
@@ -593,15 +595,18 @@ def judge(study: Study, volumes: dict[str, Volume], allow=()) -> dict:
     images = {slot: volume.data for slot, volume in volumes.items()}
     measured = measure(images, units=study.kind == "petct")
     measured["sides_differ"] = any(volume.sides_differ for volume in volumes.values())
-    allowed = []
+    allowed = set()
     for check, found in doubts(measured):
         if check.name not in allow:
             pass_it = f"; if it is right: --allow {check.name}" if check.name else ""
             remedy = f"{check.remedy}{pass_it}"
             raise BadStudy(Finding(str(study.sources[check.slot].path), found, remedy))
-        allowed.append(check.name)
+        allowed.add(check.name)
     placed = all(volume.placed for volume in volumes.values())
-    return {n: measured.get(n) for n in ("suv", "hu")} | {"placed": placed, "allowed": allowed}
+    return {n: measured.get(n) for n in ("suv", "hu")} | {
+        "placed": placed,
+        "allowed": sorted(allowed),
+    }
 
 
 def summarize(facts: list[dict]) -> list[str]:
