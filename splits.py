@@ -83,43 +83,34 @@ def read_splits(
         raise UserError(
             f"{path}: expected the keys {', '.join(wanted)}, each a list of studies. Correct it."
         )
+    for part, names in splits.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: {part} is not a list of studies. Correct it.")
     patients = {case.name: case.patient for case in cases}
-    unknown = check_names(path, splits, patients)
-    if unknown and not skip_bad:
-        raise UserError(
-            f"{path}: {len(unknown)} studies are not in the data, the first is {unknown[0]}. "
-            "Correct the names or --data."
-        )
-    if unknown:
-        say(f"splits     {len(unknown)} studies of {path} are left out, first {unknown[0]}")
+    if unknown := sorted({name for names in splits.values() for name in names} - patients.keys()):
+        what = f"{path}: {len(unknown)} studies are not in the data, the first is {unknown[0]}"
+        if not skip_bad:
+            raise UserError(f"{what}. Correct the names or --data.")
+        say(f"splits     {what}: left out")
         splits = {part: [n for n in names if n in patients] for part, names in splits.items()}
-    check_patients(path, splits, patients)
+    check_parts(path, splits, patients)
     if nnunet:
         chosen = [case for case in cases if case.name in splits["train"]]
         train, val = hold_out(deal(chosen, seed=0), chosen)
-        parts = {"train": names_of(train, chosen), "val": names_of(val, chosen)}
-        splits = parts | {"test": splits["val"]}
+        splits = {"train": names_of(train, chosen), "val": names_of(val, chosen),
+                  "test": splits["val"]}  # fmt: skip
     if empty := [part for part, names in splits.items() if not names]:
         raise UserError(f"{path}: {empty[0]} is empty. Give it at least one study.")
     return splits
 
 
-def check_names(path: Path, splits: dict, known) -> list[str]:
-    """The names that are not `known`, sorted. Raises UserError for a part that is no list of names
-    or holds one twice."""
-    for part, names in splits.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path}: {part} is not a list of studies. Correct it.")
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{path}: {twice[0]} is in {part} twice. Take one out.")
-    return sorted({name for names in splits.values() for name in names} - {*known})
-
-
-def check_patients(path: Path, splits: dict, patients: dict[str, str]) -> None:
-    """Raises UserError for a patient in two parts."""
+def check_parts(path: Path, splits: dict[str, list[str]], patients: dict[str, str]) -> None:
+    """Raises UserError for a study that is there twice, or a patient in two parts."""
     part_of: dict[str, str] = {}
     for part, names in splits.items():
-        for name in names:
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise UserError(f"{path}: {name} is in {part} twice. Take one out.")
             if part_of.setdefault(patients[name], part) != part:
                 raise UserError(
                     f"{path}: patient {patients[name]} is in {part_of[patients[name]]} and in "

@@ -41,29 +41,17 @@ CHANNEL_NAMES = {  # names in dataset.json, lower case, letters and digits only
     },
     "mri": {"ct": ("flair", "t2flair", "t2f"), "pet": ("t1gd", "t1ce", "t1c", "t1wce")},
 }
-# Words that make a label a lesion, unless the word before denies it; for MRI, the first row with
-# one of a label's words tells its class: 1 edema, 2 core, 0 neither.
-LESION = re.compile(r"tumou?rs?|lesions?|gtv[pn]?|cancer|metastas[ie]s")
-NO_LESION = ("no", "non", "peri")
-TUMOUR_PARTS = (
-    (1, {"edema", "oedema", "ed", "snfh", "whole"}),
-    (0, {"resection", "cavity", "rc"}),
-    (
-        2,
-        {
-            "core",
-            "tumor",
-            "tumour",
-            "necrotic",
-            "necrosis",
-            "ncr",
-            "net",
-            "netc",
-            "et",
-            "enhancing",
-        },
+LABEL_NAMES = {  # the first pattern in a label's name tells its class; MRI: 1 edema, 2 core
+    "petct": (
+        (1, r"(?<!no )(?<!non )(?<!peri )\b(tumou?rs?|lesions?|gtv[pn]?|cancer|metastas[ie]s)\b"),
+        (0, ""),
     ),
-)
+    "mri": (
+        (1, r"\b(o?edema|ed|snfh|whole)\b"),
+        (0, r"\b(resection|cavity|rc)\b"),
+        (2, r"\b(core|tumou?r|necro(sis|tic)|enhancing|ncr|netc?|et)\b"),
+    ),
+}
 OFFICIAL = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE)  # a patient of AutoPET
 
 
@@ -237,8 +225,8 @@ def read_dataset(root: Path, asked: Asked) -> Dataset | None:
         expected = "channel_names (or modality) and labels, each an object of numbers and names"
         raise UserError(f"{path}: expected {expected} ({error!r}). Correct it.") from None
     listed = [END.sub("", e.name) for e in entries] if images.name == "imagesTr" else []
-    here = len(stems(masks)) if asked.labelled else count
-    if count != here:
+    here = len(stems(masks))
+    if asked.labelled and count not in (None, here):  # users delete cases
         notes.append(f"dataset.json says numTraining {count}, {here} masks are there")
     return Dataset(kind, slots, len(names), classes, listed, images, masks, notes)
 
@@ -277,52 +265,39 @@ def find_classes(
     for key, label in labels.items():
         name, values = (label, key) if str(key).isdecimal() else (key, label)
         for value in values if isinstance(values, list) else [values]:
-            names.setdefault(int(value), []).append(str(name).lower())
+            plain = " ".join(re.findall("[a-z0-9]+", str(name).lower()))
+            names.setdefault(int(value), []).append(plain)
 
     def refuse(why: str) -> UserError:
         return UserError(f"{path}: labels {labels}. {why}.")
 
-    if "background" in sum((own for value, own in names.items() if value), []) or 0 not in names:
+    parts = {value: own for value, own in sorted(names.items()) if value}
+    if 0 not in names or any("background" in own for own in parts.values()):
         raise refuse("Expected 0 for the background")
-    if any("ignore" in own for own in names.values()):
+    if any("ignore" in own for own in parts.values()):
         raise refuse("Voxels to ignore are not supported: give them a label or take them out")
-    parts = {value: own for value, own in names.items() if value}
-    if kind == "petct":
-        found = lesions or find_lesions(parts)
-        if not found or not {*found} <= {*parts}:
-            raise refuse("Say which values are lesions: --lesion-labels 1 2")
-        told = {value: f"{value} {' '.join(own)}" for value, own in sorted(parts.items())}
-        if rest := ", ".join(words for value, words in told.items() if value not in found):
-            notes.append(f"lesions: {', '.join(told[v] for v in found)}; background: {rest}")
-        return ((0, 0), *((value, int(value in found)) for value in sorted(parts)))
-    classes = {value: find_part(own) for value, own in sorted(parts.items())}
-    if not {1, 2} <= {*classes.values()} <= {0, 1, 2}:
-        raise refuse("Expected 0 background, edema, and tumour parts")
+    classes = {value: class_of(kind, own) for value, own in parts.items()}
+    if kind == "mri":
+        if not {1, 2} <= {*classes.values()} <= {0, 1, 2}:
+            raise refuse("Expected 0 background, edema, and tumour parts")
+    elif lesions:
+        classes = {value: int(value in lesions) for value in parts}
+    elif len({tuple(own) for own in parts.values()}) == 1:  # whatever its name
+        classes = dict.fromkeys(parts, 1)
+    if kind == "petct" and (1 not in classes.values() or not {*lesions} <= {*parts}):
+        raise refuse("Say which values are lesions: --lesion-labels 1 2")
+    told = [
+        ", ".join(f"{v} {' '.join(parts[v])}" for v in parts if classes[v] == c) for c in (1, 0)
+    ]
+    if kind == "petct" and told[1]:
+        notes.append(f"lesions: {told[0]}; background: {told[1]}")
     return ((0, 0), *classes.items())
 
 
-def words_of(name: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", name)
-
-
-def find_lesions(parts: dict[int, list[str]]) -> list[int]:
-    """The values of lesions: those of the only label, or of the names that say so."""
-
-    def says_so(name: str) -> bool:
-        words = ["", *words_of(name)]
-        pairs = zip(words, words[1:], strict=False)
-        return any(LESION.fullmatch(word) and before not in NO_LESION for before, word in pairs)
-
-    sole = len({tuple(own) for own in parts.values()}) == 1
-    return sorted(value for value, own in parts.items() if sole or any(map(says_so, own)))
-
-
-def find_part(names: list[str]) -> int | None:
+def class_of(kind: str, names: list[str]) -> int | None:
     """The class of a value by its names, of which regions have several: core lies inside whole."""
-    found = [
-        next((part for part, words in TUMOUR_PARTS if words & {*words_of(name)}), None)
-        for name in names
-    ]
+    rows = LABEL_NAMES[kind]
+    found = [next((c for c, words in rows if re.search(words, name)), None) for name in names]
     return None if None in found else max(found)
 
 
@@ -382,11 +357,11 @@ LAYOUTS = (  # the first that yields a study counts
 UNREAD = (  # what else may lie there: its name, what it is, and what to do
     (r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
     (r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
-    (r".*\.mh[ad]|.*\.nrrd", "{file} is no NIfTI", "Convert such files to .nii.gz"),
-    (r".*\.dcm|DICOMDIR|.*\.ima", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV, as TCIA's "
-     "scripts for AutoPET do"),
+    (r".*\.(mh[ad]|nrrd)", "{file} is no NIfTI", "Convert such files to .nii.gz"),
+    (r".*\.(dcm|ima)|DICOMDIR", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV"),
+    (r".*__(CT|PT)\.nii\.gz", "{file} is HECKTOR's raw form", "Give nnU-Net raw on one grid"),
     (r".*\.(zip|tar|tgz|tar\.gz|7z)", "{file} is an archive", "Unpack it"),
-)  # fmt: skip
+)
 
 
 def explain_nothing(root: Path) -> str:

@@ -270,7 +270,8 @@ def l_shaped_study(folder, grid):
     image.header.set_xyzt_units("mm", "sec")
     folder.mkdir(parents=True)
     nib.save(image, folder / name)
-    nib.save(nib.Nifti1Image(np.full(SHAPE, 40, np.int16), affine), folder / "CTres.nii.gz")
+    ct = np.where(pet > 0, 40, -1000).astype(np.int16)
+    nib.save(nib.Nifti1Image(ct, affine), folder / "CTres.nii.gz")
     return pet, folder / name
 
 
@@ -321,7 +322,7 @@ def test_bad_studies_are_reported_after_the_good_ones_are_written(tmp_path, caps
     _, broken = l_shaped_study(tmp_path / "in" / "PETCT_0" / "b", "RAS")
     broken.write_bytes(broken.read_bytes()[:200])
     args = (Threshold().eval(), CONFIG, tmp_path / "in", tmp_path / "out", CPU)
-    with pytest.raises(UserError, match="1 studies were predicted:\n.*b/SUV.nii.gz: cannot be"):
+    with pytest.raises(UserError, match="1 studies were predicted; 1 problems .*\n.*b/SUV.nii.gz: cannot be"):
         evaluation.predict(*args)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["PETCT_1__a.nii.gz"]
     assert len(evaluation.predict(*args, skip_bad=True)) == 1

@@ -119,7 +119,7 @@ ROWS = {
                 [*"abc"], [*"abc"], []),
     "named lesions": (nnunet("abc", ("CT", "SUVbw"), {"background": 0, "liver": 3, "peri lesion": 2,
                       "primary_tumour": 1}, lambda i: pet_ct(i, other=3)), {}, [*"abc"], [*"abc"],
-                      ["lesions: 1 primary_tumour; background: 2 peri lesion, 3 liver"]),
+                      ["lesions: 1 primary tumour; background: 2 peri lesion, 3 liver"]),
     "lesions by number": (nnunet("abc", ("CT", "PET"), {"background": 0, "hot": 1, "warm": 2}, gtv),
                           {"lesion_labels": (1, 2)}, [*"abc"], [*"abc"], []),
     "BraTS 2018": (brats(IN_2018, MRI, "_", ".nii.gz", OLD), {},

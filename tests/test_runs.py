@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -40,8 +41,17 @@ def test_without_data_a_phantom_is_simulated(tmp_path, monkeypatch):
     config, cases = runs.open_data(Config(workers=1), said.append)
     assert len(cases) == 3 and config.patch == (48, 48, 48) and config.data is None
     assert "simulated" in said[0] and Path("data/phantom").is_dir()
-    assert "3 studies of 2 patients, 2 with a lesion" in said[-1]
+    assert "3 studies of 2 patients, 2 with a lesion" in said[-2]
     assert all(case.meta["spacing"] == [5, 5, 6] for case in cases)
+
+
+def test_training_without_a_lesion_is_refused(base, cases, tmp_path):
+    healthy = [case.name for case in cases if not case.has_lesion]
+    parts = {"train": healthy[:1], "val": healthy[1:2], "test": healthy[2:]}
+    write_json(tmp_path / "splits.json", parts)
+    config = replace(base, splits=str(tmp_path / "splits.json"))
+    with pytest.raises(UserError, match="No study of the training part has a lesion"):
+        runs.choose_splits(config, cases, None)
 
 
 def test_a_patch_that_does_not_fit_the_network_is_refused():

@@ -75,3 +75,27 @@ def test_bad_splits_file(tmp_path, words, content):
         read_splits(path, cohort(4, 2))
     write_json(path, GOOD)
     assert read_splits(path, cohort(4, 2)) == GOOD
+
+
+def test_splits_of_nnunet(tmp_path):
+    cases, path, said = cohort(30, 2), tmp_path / "splits_final.json", []
+    names = [case.name for case in cases]
+    folds = [{"train": names[12:], "val": names[:12]}, {"train": names[:48], "val": names[48:]}]
+    write_json(path, folds)
+    for fold, content in enumerate(folds):
+        splits = read_splits(path, cases, fold)
+        assert splits["test"] == content["val"]
+        assert sorted(splits["train"] + splits["val"]) == sorted(content["train"])
+        ill = {name for name in splits["val"] if int(name[1:4]) % 3 == 0}
+        assert (len(ill), len(splits["val"])) == (2, 6)  # of 8 and 16 patients; two studies each
+        assert not {n[:4] for n in splits["val"]} & {n[:4] for n in splits["train"]}
+    with pytest.raises(UserError, match="has 2 folds"):
+        read_splits(path, cases, 2)
+    bad = cases[3:]  # the first patient, and a study of the second, were left out
+    with pytest.raises(UserError, match="3 studies are not in the data, the first is p000/s0"):
+        read_splits(path, bad)
+    splits = read_splits(path, bad, skip_bad=True, say=said.append)
+    assert splits["test"] == names[3:12] and "3 studies are not in the data" in said[0]
+    write_json(path, [{"train": names[1:], "val": names[:1]}])
+    with pytest.raises(UserError, match="patient p000 is in train and in val"):
+        read_splits(path, cases)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -212,6 +213,80 @@ def test_bad_dataset_json(nnunet, expected, change):
     assert message.startswith(f"{root / 'dataset.json'}: ") and expected in message
 
 
+@pytest.mark.parametrize("name", ["SUVbw", "SUV-bw", "FDG-PET", "PSMA-PET", "PET_SUV", "PT", "pet"])
+def test_names_of_pet(name):
+    assert studies.find_channels(Path("x"), {"0": name, "1": "CT"}) == ("petct", (1, 0))
+
+
+A, B = {"background": 0}, {"background": 0, "edema": 1, "tumor": 2}
+LABELS = (  # kind, labels, --lesion-labels; classes by value, or the words of the refusal
+    ("petct", A | {"anything": 1}, (), {0: 0, 1: 1}),
+    ("petct", {"0": "background", "2": "x"}, (), {0: 0, 2: 1}),
+    ("petct", A | {"lesion": [1, 3]}, (), {0: 0, 1: 1, 3: 1}),
+    ("petct", A | {"GTVp": 1, "GTVn": 2, "GTVx": 3}, (), {0: 0, 1: 1, 2: 1, 3: 0}),
+    ("petct", A | {"lung cancer": 1, "no lesion": 2, "non-tumor": 3}, (), {0: 0, 1: 1, 2: 0, 3: 0}),
+    ("petct", A | {"tumorous": 1, "Liver_metastasis": 2}, (), {0: 0, 1: 0, 2: 1}),
+    ("petct", A | {"peri tumor": 1, "node": 2}, (), "--lesion-labels 1 2"),
+    ("petct", A | {"a": 1, "b": 2}, (2,), {0: 0, 1: 0, 2: 1}),
+    ("petct", A | {"a": 1, "b": 2}, (3,), "--lesion-labels 1 2"),
+    ("petct", A | {"tumor": 1, "ignore": 2}, (), "Voxels to ignore"),
+    ("petct", {"tumor": 1}, (), "Expected 0 for the background"),
+    ("petct", {"tumor": 0, "background": 1}, (), "Expected 0 for the background"),
+    ("mri", B, (), {0: 0, 1: 1, 2: 2}),
+    ("mri", B | {"ignore": 3}, (), "Voxels to ignore"),
+    ("mri", A | {"NCR": 1, "ED": 2, "ET": 4}, (), {0: 0, 1: 2, 2: 1, 4: 2}),
+    ("mri", A | {"NETC": 1, "SNFH": 2, "ET": 3, "RC": 4}, (), {0: 0, 1: 2, 2: 1, 3: 2, 4: 0}),
+    ("mri", A | {"whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": 3}, (),
+     {0: 0, 1: 1, 2: 2, 3: 2}),
+    ("mri", B | {"ventricle": 3}, (), "edema, and tumour parts"),
+    ("mri", A | {"whole tumor": [1, 2]}, (), "edema, and tumour parts"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, labels, given, expected", LABELS)
+def test_labels_by_their_names(kind, labels, given, expected):
+    def read():
+        return dict(studies.find_classes(Path("d.json"), kind, labels, given, []))
+
+    if isinstance(expected, dict):
+        assert read() == expected
+    else:
+        with pytest.raises(UserError, match=f"^d.json: labels .*{expected}"):
+            read()
+
+
+SEEN = (
+    ("dataset.json lies in", "deep/dataset.json"), ("imagesTr without", "imagesTr/a_0000.nii.gz"),
+    ("is no NIfTI. Convert such files", "a/b.mha"), ("DICOM", "a/1-001.dcm"),
+    ("HECKTOR's raw form", "CHUM-001__CT.nii.gz"), ("Unpack it", "autopet.tar.gz"),
+    ("Expected dataset.json", "x.nii.gz"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words, file", SEEN)
+def test_what_is_not_read_says_what_it_saw(tmp_path, words, file):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    assert words in message_of(tmp_path)
+
+
+def test_patients_that_differ_in_case_only(nnunet):
+    root = nnunet(2, name="fdg_0011F3DEAF_{:02d}-01-2003")
+    for file in list(root.rglob("*_01-01*")):
+        file.rename(file.with_name(file.name.replace("F3DEAF", "f3deaf")))
+    assert {study.patient for study in find_studies(root).studies} == {"fdg_0011F3DEAF"}
+
+
+def test_a_pipe_is_no_file(tcia):
+    root = tcia(1)
+    path = next(root.rglob("SUV.nii.gz"))
+    path.unlink()
+    os.mkfifo(path)
+    (finding,) = find_studies(root).findings
+    assert finding[:2] == (str(path), "not a file")
+
+
 @pytest.mark.parametrize("layout", ["tcia", "nnunet", "msd"])
 def test_missing_file(request, layout):
     root = request.getfixturevalue(layout)(2)
@@ -354,6 +429,9 @@ KINDS = {  # the same values in other encodings: what is done to array, image, h
     "slope zero": {"header": {"scl_slope": 0}},
     "extension": {"then": lambda i: i.header.extensions.append(COMMENT)},
     "two gzip members": {"zip": lambda raw: gzip.compress(raw[:50]) + gzip.compress(raw[50:])},
+    "two equal members": {
+        "zip": lambda raw: gzip.compress(raw[: len(raw) // 2]) + gzip.compress(raw[len(raw) // 2 :])
+    },
     "padded gzip": {"zip": lambda raw: gzip.compress(raw) + bytes(512)},
 }
 
