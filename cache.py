@@ -6,16 +6,15 @@ Arrays are (W, H, D) in the order of the anatomical axes that `Preprocessing.axe
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -23,18 +22,11 @@ import numpy as np
 from nibabel import orientations
 
 from checks import BODY_SUV
-from files import UserError, atomic, progress, write_json
-from studies import (
-    BadStudy,
-    Finding,
-    Found,
-    Study,
-    judge,
-    list_findings,
-    read_study,
-)
+from files import FULL, UserError, atomic, progress, sweep, unfinished, write_json
+from studies import BadStudy, Finding, Found, Study, judge, list_findings, read_study
 
 CACHE_FORMAT = 3  # raise it when the content of the cache changes
+NPY_HEADER = 128  # bytes before the data of an .npy file of few axes
 THRESHOLD_SUV = 4.0  # the row "SUV ≥ 4 threshold" of the evaluation
 
 # ------------------------------------------------------------------ preprocessing (Sec. 3.4)
@@ -144,15 +136,12 @@ def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, d
     box = body_box(turn(body_mask(pet, volumes["ct"].data, settings)), margin)
     crop, counts = tuple(slice(*b) for b in box), [stop - start for start, stop in box]
     positions = grid_positions(counts, spacing, settings.spacing)
-    plain = np.asfortranarray(turn(pet), np.float32)  # however the file stores it
     meta = {
         "name": study.name, "patient": study.patient, "lesion_voxels": None,
-        "digest": hashlib.blake2b(plain.T, digest_size=16).hexdigest(),
         "shape": [len(p) for p in positions], "spacing": list(settings.spacing),
         "native_shape": [int(n) for n in pet.shape], "native_spacing": spacing.tolist(),
         "native_affine": affine.tolist(), "to_axes": to_axes.tolist(), "box": box, "facts": facts,
     }  # fmt: skip
-    del plain
     arrays = {}
     if study.label:
         label = volumes.pop("label").data
@@ -176,7 +165,16 @@ def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, d
             image -= low
             image /= high - low
         arrays["images"][i] = image
+    seen = {"ct": arrays["images"][0], "pet": arrays["images"][1]}
+    if study.label:
+        seen["label"] = np.concatenate([arrays["native_label"], arrays["native_class"]])
+    meta["digests"] = {slot: hash_of(array) for slot, array in seen.items()}
+    meta["arrays"] = {name: [array.dtype.str, [*array.shape]] for name, array in arrays.items()}
     return arrays, meta
+
+
+def hash_of(content) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def native_mask(label: np.ndarray, pet: np.ndarray, settings: Preprocessing) -> dict:
@@ -224,24 +222,15 @@ class Case:
 
     def load(self, array: str) -> np.ndarray:
         """One of the arrays of `preprocess`. Mapped anew each time, so that nothing is kept."""
+        dtype, shape = self.meta["arrays"][array]
         with open(self.folder / f"{array}.npy", "rb") as file:  # five times as fast as np.load
-            dtype, start, shape, order = npy_header(file.read(128))
-            return np.memmap(file, dtype, "r", start, shape, order)
+            return np.memmap(file, dtype, "r", NPY_HEADER, tuple(shape))
 
     def native(self, array: str, values=1) -> np.ndarray:
         """A mask on the study's own grid, uint8, from flat indices: native_label or native_hot."""
         full = np.zeros(int(np.prod(self.meta["native_shape"])), np.uint8)
         full[self.load(array)] = values
         return full.reshape(self.meta["native_shape"], order="F")
-
-
-@lru_cache(maxsize=4096)
-def npy_header(raw: bytes) -> tuple:
-    """Type, first byte of the data, shape and order of an array, from the head of its .npy file."""
-    file = io.BytesIO(raw)
-    np.lib.format.read_magic(file)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    return dtype, file.tell(), shape, "F" if fortran else "C"
 
 
 def stamps(study: Study) -> dict[str, list]:
@@ -261,29 +250,42 @@ def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
     return Path(cache) / f"{root.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
+def sealed(meta: dict) -> dict:
+    """meta with a hash of all the rest, by which damage shows."""
+    rest = {name: value for name, value in meta.items() if name != "seal"}
+    return rest | {"seal": hash_of(json.dumps(rest, sort_keys=True).encode())}
+
+
 def cached_case(folder: Path, study: Study, allow=()) -> Case | None:
     """The cached study if it is complete, was made from the files as they are now, and passed no
     check that `allow` does not name."""
-    with suppress(OSError, ValueError, KeyError):
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["sources"] == stamps(study) and {*meta["facts"]["allowed"]} <= {*allow}:
-            return Case(meta, folder)
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        passed = {*meta["facts"]["allowed"]} <= {*allow}
+        if not passed or meta != sealed(meta) or meta["sources"] != stamps(study):
+            return None
+        types = {name: (np.dtype(t), math.prod(n)) for name, (t, n) in meta["arrays"].items()}
+        sizes = {name: NPY_HEADER + t.itemsize * count for name, (t, count) in types.items()}
+        found = {name: (folder / f"{name}.npy").stat().st_size for name in sizes}
+        return Case(meta, folder) if found == sizes else None
     return None
 
 
 def fill_cache(study: Study, settings: Preprocessing, folder: Path, allow=()) -> list[Finding]:
     """Preprocess one study into `folder`, which appears complete or not at all; the findings."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = unfinished(folder)
     try:
         sources = stamps(study)
         arrays, meta = preprocess(study, settings, allow)
         temporary.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             with atomic(temporary / f"{name}.npy") as file:
-                np.save(file, array)
-        write_json(temporary / "meta.json", meta | {"sources": sources})
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(array)  # np.save does not say that a disk is full
+        write_json(temporary / "meta.json", sealed(meta | {"sources": sources}))
         if folder.exists():  # made from other versions of the files
-            stale = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            stale = unfinished(folder.with_name(f"{folder.name}.old"))
             os.replace(folder, stale)
             shutil.rmtree(stale, ignore_errors=True)
         with suppress(OSError):  # another process was faster: take its
@@ -295,6 +297,9 @@ def fill_cache(study: Study, settings: Preprocessing, folder: Path, allow=()) ->
         shutil.rmtree(folder, ignore_errors=True)  # a version that an earlier check passed
         return error.findings
     except Exception as error:  # the others shall still be checked
+        if getattr(error, "errno", None) in FULL:  # but not be kept either
+            error.filename = str(folder)
+            raise
         found = f"cannot be preprocessed ({type(error).__name__}: {error})"
         remedy = "Check the space and permissions of --cache, and the memory (fewer --workers)"
     finally:
@@ -309,14 +314,6 @@ def most_bytes(study: Study, settings: Preprocessing) -> int:
         extent = np.array(header.get_data_shape()[:3]) * np.abs(header.get_zooms()[:3])
         return int(np.prod(np.ceil(extent / settings.spacing)) * 5)  # two float16 and a uint8
     return 0
-
-
-def make_room(base: Path) -> None:
-    """The cache's folder, without what a killed process left in it a day ago or earlier."""
-    base.mkdir(parents=True, exist_ok=True)
-    for leftover in (*base.glob(".*.tmp"), *base.glob(".*.old")):
-        if time.time() - leftover.stat().st_mtime > 86400:
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def run_parallel(todo: list[Study], fill: Callable, workers: int) -> list[Finding]:
@@ -340,7 +337,7 @@ def same_images(cases: list[Case], studies: list[Study]) -> dict[str, Finding]:
     first, findings = {}, {}
     paths = {study.name: str(study.pet.path) for study in studies}
     for case in sorted(cases, key=lambda c: c.name):
-        other = first.setdefault(case.meta["digest"], case)
+        other = first.setdefault(case.meta["digests"]["pet"], case)
         if other is not case:
             found = f"duplicate case: the same image as {other.name}"
             findings[case.name] = Finding(paths[case.name], found, "Keep one of the two")
@@ -371,12 +368,13 @@ def prepare(
     def folder_of(study: Study) -> Path:
         return base / study.name.replace("/", "__")
 
+    sweep(base)
     cases = {study.name: None if check else cached(study) for study in found.studies}
     todo = [study for study in found.studies if cases[study.name] is None]
     findings = list(found.findings)
     if todo:
         size = sum(most_bytes(study, settings) for study in todo)
-        make_room(base)
+        base.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(base).free
         room = f"at most {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
         say(f"cache      {base}: {len(todo)} of {len(cases)} studies to read, {room}")

@@ -289,7 +289,7 @@ def check(config: Config) -> Config:
         if len(many) not in (lengths := rule.get("lengths", (len(many),))):
             wrong = [f"give {' or '.join(map(str, lengths))} numbers"]
         if wrong:
-            raise UserError(f"{flag_of(name)} {value}: {wrong[0]}.")
+            raise UserError(f"{flag_of(name)} {value or repr(value)}: {wrong[0]}.")
         if lengths == (1, 3):
             values[name] = many * (3 // len(many))
     return replace(config, **values)
@@ -297,6 +297,8 @@ def check(config: Config) -> Config:
 
 def broken(value, rule: dict) -> str:
     """Which part of its rule a value breaks, in words; empty if none."""
+    if value == "":
+        return "an empty string is no value. Give one, or leave the option out"
     if "choices" in rule and value not in rule["choices"]:
         return f"choose from {', '.join(rule['choices'])}"
     if "form" in rule and not re.fullmatch(rule["form"], value):
@@ -370,12 +372,18 @@ def plain(config: Config, weights_only: bool = False) -> dict:
 
 
 def as_config(saved: dict) -> Config:
-    """A Config from a saved dict. Raises UserError for options that this version does not know."""
+    """A Config from a saved dict. Raises UserError for options that this version does not know or
+    whose type is another."""
     if unknown := sorted(set(saved) - set(OPTIONS)):
         raise UserError(
             f"saved options {unknown} are unknown here: use the code that made the run."
         )
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    for name, value in values.items():  # check() sees to the numbers in a tuple
+        kinds = re.sub(r"\[.*?\]", "", OPTIONS[name].type).replace("float", "float | int")
+        if type(value).__name__.removesuffix("Type") not in kinds.split(" | "):
+            raise UserError(f"saved option {name} is no {OPTIONS[name].type}. Restore it.")
+    return Config(**values)
 
 
 # What does not part two runs: the launch, the device's precision, and what repeats a comparison.

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from tqdm import tqdm
 
+from files import writing
 from plots import curves
 from runs import seconds_of, terms_of
 
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+except ImportError:  # the events are an extra; metrics.csv holds the same numbers
+    EventsWriter = None
 
-def tensorboard(run: Path, start: int):
-    """A TensorBoard writer that hides what an interrupted run logged after epoch `start`."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:  # the events are an extra; metrics.csv holds the same numbers
-        return None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+
+def tensorboard(folder: Path, start: int):
+    """A writer of TensorBoard events that hides what an interrupted run logged after epoch `start`.
+
+    Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
+    """
+    folder.mkdir(exist_ok=True)
+    writer, log = EventsWriter(str(folder / "events")), SessionLog(status=SessionLog.START)
+    writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=log))
+    return writer
 
 
 def log_epoch(writer, row: dict) -> None:
-    for name, value in row.items() if writer else ():
+    for name, value in row.items():
         if name != "epoch":
             group = "gradient" if name.startswith("grad_") else "train"
-            writer.add_scalar(f"{group}/{name.removeprefix('grad_')}", value, row["epoch"])
-    if writer:
-        writer.flush()
+            told = scalar(f"{group}/{name.removeprefix('grad_')}", value)
+            writer.write_event(Event(wall_time=time.time(), step=row["epoch"], summary=told))
+    writer.flush()
 
 
 class Log:
@@ -38,7 +49,10 @@ class Log:
         speaks."""
         self.run, self.start, self.epochs, self.main = run, start, epochs, main
         self.drawn = time.perf_counter()
-        self.writer = tensorboard(run, start) if main and start < epochs else None
+        self.writer, self.events = None, run / "tensorboard"
+        with writing(self.events):
+            if EventsWriter and main and start < epochs:
+                self.writer = tensorboard(self.events, start)
         total = (epochs - start) * crops
         hidden = None if main else True
         self.bar = tqdm(total=total, unit="patch", leave=False, disable=hidden)
@@ -48,15 +62,18 @@ class Log:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
-        if self.writer:
-            self.writer.close()
+        with suppress(OSError):  # of a full disk, which log_epoch has told
+            if self.writer:
+                self.writer.close()
 
     def tell(self, rows: list[dict]) -> None:
         """Tell the last of the rows of metrics.csv."""
         if not self.main:
             return
         row = rows[-1]
-        log_epoch(self.writer, row)
+        with writing(self.events):
+            if self.writer:
+                log_epoch(self.writer, row)
         done = row["epoch"] - self.start
         left = seconds_of(rows[-done:]) / done * (self.epochs - row["epoch"])
         tqdm.write(epoch_line(row, left, heading=done == 1))

@@ -35,6 +35,16 @@ def describe(device: torch.device) -> str:
     return f"{device} (this torch is built for CUDA but sees no GPU)" if blind else str(device)
 
 
+def use_threads(wanted: int, say: Callable[[str], None]) -> None:
+    """The number of torch's threads, at most one per core that the process may use; 0: torch's."""
+    free = getattr(os, "sched_getaffinity", None)
+    cores = len(free(0)) if free else os.cpu_count() or 1
+    if wanted > cores:
+        say(f"threads    {cores}, one per core, in place of --threads {wanted}")
+    if wanted:
+        torch.set_num_threads(min(wanted, cores))
+
+
 def choose_amp(
     config: Config, device: torch.device, network: Network | type[Network] = Network
 ) -> Config:

@@ -29,9 +29,9 @@ from baselines import LATE_FUSIONS, LateFusion
 from cache import Case, body_box, preprocess, preprocessing, to_native
 from config import Config, add_flags, as_options
 from devices import autocast
-from files import UserError, atomic, command_line, progress, read_json, write_json
+from files import UserError, atomic, command_line, progress, write_json
 from mirror_unet import DATA_NAMES, UNIONS, decide, margins
-from runs import load_run, open_data, save_config
+from runs import load_run, open_data, save_config, saved_splits
 from studies import BadStudy, find_studies, list_findings
 
 EIGHTEEN = ndimage.generate_binary_structure(3, 2)  # faces and edges join, corners do not
@@ -297,12 +297,13 @@ def write_mask(path: Path, mask: np.ndarray, source: Path) -> None:
 
 
 def predict(
-    model, config, studies_dir: Path, out: Path, device, skip_bad: bool = False
+    model, config, studies_dir: Path, out: Path, device, skip_bad=False, overwrite=False
 ) -> list[Path]:
     """Masks for every study below `studies_dir`, written to `out`/<study>.nii.gz; the paths.
 
     Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for studies of another kind than the
-    run's and, after all good ones are written, for bad ones (unless skip_bad).
+    run's, for masks that are there (unless overwrite) and, after all good ones are written, for bad
+    ones (unless skip_bad).
     """
     found = find_studies(studies_dir, False, config.channels)
     if found.kind != config.kind:
@@ -313,6 +314,12 @@ def predict(
     for note in found.notes:
         print(note, file=sys.stderr)
     findings, written = list(found.findings), []
+    masks = {study.name: out / f"{study.name.replace('/', '__')}.nii.gz" for study in found.studies}
+    if not overwrite and (there := [mask for mask in masks.values() if mask.exists()]):
+        raise UserError(
+            f"{there[0]}: exists already, as do {len(there) - 1} more masks. Add --overwrite, or "
+            "choose another --out."
+        )
     for study in progress(found.studies, "predict", "study"):
         try:
             arrays, meta = preprocess(study, preprocessing(config), config.allow)
@@ -320,7 +327,7 @@ def predict(
             findings += error.findings
             continue
         margin, _ = infer(model, arrays["images"], config, device)
-        written.append(out / f"{study.name.replace('/', '__')}.nii.gz")
+        written.append(masks[study.name])
         write_mask(written[-1], to_native(meta, margin, label_map), study.pet.path)
     if findings:
         message = f"{len(written)} studies were predicted; {list_findings(findings)}"
@@ -350,7 +357,7 @@ def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):
         found = " and ".join(versions)
         raise UserError(f"--late-fusion takes a run of `ct`, then one of `pet`, not {found}.")
     alike = {name: [getattr(config, name) for config in configs] for name in ALIKE}
-    alike["splits"] = [read_json(run / "splits.json") for run in runs]
+    alike["splits"] = [saved_splits(run) for run in runs]
     for name, (ct, pet) in alike.items():
         if ct != pet:
             raise UserError(f"{runs[1]}: its {name} is not that of {runs[0]}. Train both alike.")
@@ -360,7 +367,7 @@ def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):
 def choose_cases(run: Path, part: str | None, given: dict, cases: list[Case]):
     """The part to evaluate and its studies: one of the run's own splits ("test" by default), or
     "all" of another --data. Says so if the run has seen some of them."""
-    splits, names = read_json(run / "splits.json"), {case.name for case in cases}
+    splits, names = saved_splits(run), {case.name for case in cases}
     known = names & {*itertools.chain(*splits.values())}
     part = part or ("test" if known or "data" not in given else "all")
     chosen = names if part == "all" else {*splits[part]}
@@ -395,7 +402,7 @@ def evaluate_runs(runs: list[Path], args, given: dict):
     summary = write_results(folder, part, rows, facts)
     if mode:  # as a run has them, for the paper's Table 3
         save_config(folder, config, device.type, late_fusion=mode, runs=[str(run) for run in runs])
-        write_json(folder / "splits.json", read_json(run / "splits.json"))
+        write_json(folder / "splits.json", saved_splits(run))
     return str(folder if mode else run), summary, config.kind, {row["study"] for row in rows}
 
 
@@ -413,11 +420,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
     parser.add_argument("--predict", type=Path, metavar="DIR", help="studies without labels")
+    parser.add_argument("--overwrite", action="store_true", help="masks of --predict in --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results or masks")
     add_flags(parser, EVAL_OPTIONS)
     args = parser.parse_args(argv)
     if bool(args.predict) + bool(args.table) + bool(args.late_fusion) > 1:
         raise UserError("--predict, --table and --late-fusion: choose one.")
+    if args.overwrite and not args.predict:
+        raise UserError("--overwrite goes with --predict. Leave it out.")
     if (args.predict or args.table) and args.part:
         raise UserError("--part has no effect here. Leave it out.")
     if args.predict and (len(args.runs) > 1 or not args.out):
@@ -442,7 +452,8 @@ def run_command(argv: list[str] | None = None) -> None:
         return
     if args.predict:
         model, config, device, _ = load_run(args.runs[0], args.checkpoint, given)
-        for path in predict(model, config, args.predict, args.out, device, config.skip_bad):
+        how = device, config.skip_bad, args.overwrite
+        for path in predict(model, config, args.predict, args.out, *how):
             print(path)
         return
     systems, kinds, studies = {}, set(), []

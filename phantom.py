@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gzip
 import os
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+
+from files import sweep, unfinished, writing
 
 PHANTOM = Path("data/phantom")  # where train.py writes it
 
@@ -192,13 +194,15 @@ def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) ->
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty")
     root.parent.mkdir(parents=True, exist_ok=True)
+    sweep(root.parent)
     visits = [(p, v) for p in range(patients) for v in ((1, 2) if p in (0, 2, 4, 6) else (1,))]
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as partial:
+    partial = unfinished(root)
+    try:
         for patient, visit in progress(visits):
             anatomy = np.random.default_rng([seed, patient])
             study = np.random.default_rng([seed, patient, visit])
             month, day, number = study.integers((1, 1, 10000), (13, 29, 100000))
-            folder = Path(partial, root.name, f"PETCT_{anatomy.integers(16**10):010x}")
+            folder = partial / f"PETCT_{anatomy.integers(16**10):010x}"
             folder /= f"{month:02d}-{day:02d}-{1999 + visit}-NA-PET-CT Ganzkoerper-{number}"
             folder.mkdir(parents=True)
             *arrays, affine = draw_study(anatomy, study, tumour=patient % 2 == 0)
@@ -207,9 +211,12 @@ def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) ->
                 image.header.set_xyzt_units("mm")
                 image.header["descrip"] = b"SIMULATED phantom, not clinical"
                 data = gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
-                (folder / f"{name}.nii.gz").write_bytes(data)
+                with writing(root):
+                    (folder / f"{name}.nii.gz").write_bytes(data)
         try:
-            os.replace(Path(partial, root.name), root)
+            os.replace(partial, root)
         except OSError:
             if not root.is_dir():  # else another start was faster and wrote the same
                 raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

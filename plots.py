@@ -28,7 +28,7 @@ from devices import autocast
 from eval import EIGHTEEN, EVAL_OPTIONS, bits, choose_cases, named_masks, see, sliding_window
 from files import UserError, atomic, command_line
 from mirror_unet import IMAGE_NAMES, UNIONS, VARIANTS, Variant
-from runs import load_run, open_data, read_trials, terms_of
+from runs import load_run, open_data, read_metrics, read_trials, terms_of
 from tables import PHIS, VERSIONS, groups_of, lambda_grid, table_2
 
 matplotlib.use("Agg")  # no screen on a compute node
@@ -54,7 +54,9 @@ def save(figure, *paths: Path, **how) -> None:
 
 def curves(run: Path) -> None:
     """curves.png: loss terms, validation Dice, each task's gradient on the shared layers, speed."""
-    frame = pd.read_csv(run / "metrics.csv", index_col="epoch")
+    if not (rows := read_metrics(run)):  # the file was lost
+        return
+    frame = pd.DataFrame(rows).set_index("epoch")
     terms = terms_of(frame)
     figure, (loss, dice, norm, speed) = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
     for color, term in zip(COLORS * len(terms), terms, strict=False):

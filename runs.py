@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import platform
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,10 +40,10 @@ from config import (
     resolve,
     system_of,
 )
-from devices import choose_amp, choose_device
-from files import UserError, atomic, progress, read_json, write_json
+from devices import choose_amp, choose_device, use_threads
+from files import UserError, atomic, progress, read_json, reading, sweep, write_json
 from losses import LOSSES
-from mirror_unet import MirrorUNet, Network
+from mirror_unet import IMAGE_NAMES, MirrorUNet, Network
 from phantom import PHANTOM, write_phantom
 from splits import make_splits, read_splits
 from studies import find_studies, summarize
@@ -54,7 +56,7 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
 
     Without config.data the simulated cohort is written on first use. Raises UserError.
     """
-    root = Path(config.data or PHANTOM)
+    root = Path(check(config).data or PHANTOM)
     if config.data is None and not root.exists():
         say(f"data       no --data given: writing a simulated PET/CT cohort to {root}")
         write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
@@ -79,15 +81,43 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
 
 
 def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[str, list[str]]:
-    """The splits of the run that goes on, if any, else those of --splits, else folds by patient."""
-    given = run / "splits.json" if run else config.splits
-    if given:
-        splits = read_splits(Path(given), cases, config.fold, config.skip_bad)
+    """The splits of the run that goes on, if any, else those of --splits, else folds by patient.
+
+    Raises UserError if a run goes on, but the file of --splits is another by now, or if nobody in
+    the training part has a lesion.
+    """
+    begun, given = run and run / "splits.json", config.splits and Path(config.splits)
+    told = (cases, config.fold, config.skip_bad)
+    if begun or given:
+        splits = read_splits(begun or given, *told)
     else:
         splits = make_splits(cases, config.folds, config.fold, config.split_seed)
+    if begun and given and given.is_file() and read_splits(given, *told) != splits:
+        raise UserError(f"{given}: not the splits of {run}. Restore it, or use another --out.")
     if not any(case.has_lesion for case in cases if case.name in splits["train"]):
         raise UserError("No study of the training part has a lesion. Give other --splits or data.")
     return splits
+
+
+def studies_of(parts: dict[str, list[Case]], kind: str) -> dict[str, str]:
+    """What a run is made from: the digest of each image of a study, and its place in the splits."""
+    titles, found = dict(zip(("ct", "pet"), IMAGE_NAMES[kind], strict=True)), {}
+    for part, cases in parts.items():
+        for i, case in enumerate(cases):
+            for slot, own in case.meta["digests"].items():
+                found[f"{case.name} ({titles.get(slot, 'mask')})"] = own
+            found[f"{case.name} (splits)"] = f"{part} {i}"
+    return found
+
+
+def refuse_changes(run: Path, began: dict, now: dict) -> None:
+    """Raises UserError if the studies, as of studies_of, are not those that the run began with."""
+    if changed := [what for what in {**began, **now} if began.get(what) != now.get(what)]:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"{run}: changed since the run began: {', '.join(changed[:4])}{more}. Restore the data "
+            "and splits, or use another --out."
+        )
 
 
 def digest(content) -> str:
@@ -120,12 +150,20 @@ def loss_function(config: Config) -> Callable:
     return system.loss if system else LOSSES[config.kind][mirror_version(config)]
 
 
-def name_run(config: Config) -> Path:
-    """runs/<version>-L<layers>, with a number behind it if that is taken; systems have no L."""
+def claim_run(config: Config, stack: contextlib.ExitStack) -> str:
+    """Lock the folder of a run until `stack` ends: --out, or runs/<version>-L<layers> (systems have
+    no L), with a number behind it if that is taken, be it by a run that starts at this moment."""
+    if config.out:
+        stack.enter_context(only_writer(Path(config.out)))
+        return config.out
     layers = "" if system_of(config) else f"-L{''.join(map(str, config.shared)) or 'none'}"
     base = Path("runs") / f"{config.version}{layers}"
-    names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10000))]
-    return next(path for path in names if not (path / "config.json").exists())
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not (path / "config.json").exists():
+            with contextlib.suppress(Busy):
+                stack.enter_context(only_writer(path))
+                return str(path)
 
 
 # ------------------------------------------------------------------ the files of a run
@@ -172,15 +210,22 @@ def save_config(run: Path, config: Config, device: str, **more) -> None:
     write_json(run / "config.json", {"config": plain(config), "ran_on": device, **more, **about})
 
 
+RESTORE = "Restore it, or train anew with another --out"
+
+
 def saved_config(run: Path) -> Config:
     """The config of a run folder. Raises UserError if it is missing or not one of ours."""
-    saved = read_json(run / "config.json")
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"{run / 'config.json'}: holds no config. Restore it, or train anew.")
-    try:
-        return as_config(saved["config"])
-    except UserError as error:
-        raise UserError(f"{run / 'config.json'}: {error}") from None
+    take = lambda saved: check(as_config(saved["config"]))  # noqa: E731
+    return read_json(run / "config.json", take, RESTORE)
+
+
+def saved_splits(run: Path) -> dict[str, list[str]]:
+    """The names of each part of a run. Raises UserError if splits.json is missing or damaged."""
+
+    def take(splits: dict) -> dict:
+        return {part: [f"{name:s}" for name in splits[part]] for part in ("train", "val", "test")}
+
+    return read_json(run / "splits.json", take, RESTORE)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -188,21 +233,21 @@ def save_checkpoint(path: Path, content: dict) -> None:
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of plain types and tensors. Raises UserError if it is missing or damaged."""
-    try:
+def load_checkpoint(path: Path, *needed: str) -> dict:
+    """A checkpoint of plain types and tensors, with a network, its epoch and all that is `needed`.
+    Raises UserError if it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint. Train the run first.")
+    numbers = {"epoch": int, "best_dice": float, "val_dice": float}
+    with reading(path, RESTORE):
         with zipfile.ZipFile(path) as file:  # torch.load does not test the checksums
             if file.testzip():
                 raise ValueError("its checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not {"model", "epoch"} <= content.keys():
-            raise ValueError("it holds no network")
+        for name in ("model", "epoch", *needed):
+            if not isinstance(content[name], numbers.get(name, dict)):
+                raise TypeError(f"its {name} is a {type(content[name]).__name__}")
         return content
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint. Train the run first.") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}).") from None
 
 
 def write_metrics(run: Path, rows: list[dict]) -> None:
@@ -211,13 +256,17 @@ def write_metrics(run: Path, rows: list[dict]) -> None:
         file.write(pd.DataFrame(rows).to_csv(index=False).encode())
 
 
-def read_metrics(run: Path, epochs: int) -> list[dict]:
-    """The rows of metrics.csv up to `epochs`, the last epoch that last.pt holds."""
+def read_metrics(run: Path, epochs: float = math.inf) -> list[dict]:
+    """The rows of metrics.csv up to `epochs`, [] without the file. Raises UserError if damaged."""
     path = run / "metrics.csv"
     if not path.exists():
         return []
-    rows = pd.read_csv(path).query("epoch <= @epochs").to_dict("records")
-    return [{k: v for k, v in row.items() if not pd.isna(v)} for row in rows]
+    with reading(path, "Restore it; if it is removed, --resume goes on without these rows"):
+        frame = pd.read_csv(path).astype({"epoch": int})  # neither text nor NaN
+        if not frame["epoch"].is_monotonic_increasing or frame["seconds"].isna().any():
+            raise ValueError("an epoch is missing")
+        rows = frame[frame["epoch"] <= epochs].to_dict("records")
+        return [{k: v + 0 for k, v in row.items() if not pd.isna(v)} for row in rows]
 
 
 def seconds_of(rows: list[dict]) -> float:
@@ -238,14 +287,25 @@ def terms_of(names) -> list[str]:
 
 def is_finished(run: Path, epochs: int) -> bool:
     """Whether the run has the test results of so many epochs."""
-    summary = run / "summary.json"
-    return summary.exists() and read_json(summary).get("epochs") == epochs
+    return (run / "summary.json").exists() and saved_summary(run)["epochs"] == epochs
+
+
+def saved_summary(run: Path) -> dict:
+    """Of summary.json OUTCOME, epochs and, as test, the mean of each metric. Raises UserError."""
+
+    def take(summary: dict) -> dict:
+        means = {name: value["mean"] for name, value in summary["systems"]["model"].items()}
+        told = {name: summary.get(name) for name in ("epochs", *OUTCOME)}
+        if not all(isinstance(n, (int, float, type(None))) for n in {**told, **means}.values()):
+            raise TypeError("text in place of a number")
+        return told | {"test": means}
+
+    return read_json(run / "summary.json", take, "Remove it; --resume tests the run again")
 
 
 def can_go_on(run: Path, config: Config) -> bool:
     """Whether the run goes on from what it has. Raises UserError rather than overwrite or mix."""
-    for leftover in run.glob(".*.tmp"):  # of a process that was killed while writing
-        leftover.unlink()
+    sweep(run)
     last, best = run / "last.pt", run / "best.pt"
     ended = [name for name in ("summary.json", "stopped.json") if (run / name).exists()]
     if not (last.exists() or ended):
@@ -257,7 +317,7 @@ def can_go_on(run: Path, config: Config) -> bool:
             f"{run}: has {ended[0]} but no last.pt to go on from (a search removes it when a "
             "trial ends). Use another --out."
         )
-    checkpoint = load_checkpoint(last if last.exists() else best)
+    checkpoint = load_checkpoint(last if last.exists() else best, "config")
     saved, now = checkpoint["config"], plain(config, weights_only=True)
     if changed := sorted(k for k in saved if saved[k] != now.get(k)):
         what = "; ".join(f"{k} was {saved[k]}, now {now.get(k)}" for k in changed)
@@ -277,10 +337,8 @@ def can_go_on(run: Path, config: Config) -> bool:
 
 def result_of(run: Path) -> dict:
     """What train() returns, from the summary.json of a finished run."""
-    summary = read_json(run / "summary.json")
-    means = {name: value["mean"] for name, value in summary["systems"]["model"].items()}
-    told = {name: summary[name] for name in ("epochs", "val_dice")}
-    return {"run": str(run), **told, "test": means}
+    summary = saved_summary(run)
+    return {"run": str(run)} | {name: summary[name] for name in ("epochs", "val_dice", "test")}
 
 
 def load_run(run: Path, checkpoint: str, given: dict):
@@ -296,14 +354,9 @@ def load_run(run: Path, checkpoint: str, given: dict):
         config = replace(config, amp="auto")  # trained on another kind of device
     model = build_model(config)
     config = choose_amp(config, device, model)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    try:
+    use_threads(config.threads, lambda text: print(text, file=sys.stderr))
+    with reading(run / f"{checkpoint}.pt", "It must fit config.json: do not mix runs"):
         model.load_state_dict(weights["model"])
-    except RuntimeError:
-        raise UserError(
-            f"{run / checkpoint}.pt: its network is not that of config.json. Do not mix runs."
-        ) from None
     return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
 
 
@@ -322,10 +375,9 @@ def look(run: Path, epochs: int) -> dict:
     found = dict.fromkeys(OUTCOME) | {"reason": "", "epochs_done": 0}
     try:
         if is_finished(run, epochs):
-            summary = read_json(run / "summary.json")
-            found |= {name: summary.get(name) for name in OUTCOME} | {"epochs_done": epochs}
-            means = summary["systems"]["model"].items()
-            found |= {f"test_{name}": value["mean"] for name, value in means}
+            summary = saved_summary(run)
+            found |= {name: summary[name] for name in OUTCOME} | {"epochs_done": epochs}
+            found |= {f"test_{name}": mean for name, mean in summary["test"].items()}
             return found | {"status": "done"}
         if rows := read_metrics(run, epochs):
             found |= {
@@ -351,13 +403,13 @@ def read_record(run: Path) -> dict:
 
     Raises UserError.
     """
-    record = read_json(run / "trial.json")
-    try:
-        return record | {"config": check(as_config(record["config"]))}
-    except (TypeError, KeyError, AttributeError, UserError):
-        raise UserError(
-            f"{run / 'trial.json'}: not a trial's record. The search's command writes it again."
-        ) from None
+
+    def take(record: dict) -> dict:
+        kept = {"searches": [f"{name:s}" for name in record["searches"]]}
+        kept |= {"studies": f"{record['studies']:s}"}
+        return record | kept | {"config": check(as_config(record["config"]))}
+
+    return read_json(run / "trial.json", take, "The search's command writes it again")
 
 
 def row_of(run: Path) -> dict:

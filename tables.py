@@ -17,8 +17,8 @@ from scipy import stats
 
 from cache import THRESHOLD_SUV
 from config import OPTIONS, in_words, key_of, resolve
-from files import UserError, atomic, read_json
-from runs import digest, read_trials, saved_config
+from files import UserError, atomic, read_json, reading
+from runs import digest, read_trials, saved_config, saved_splits
 
 
 def aligned(rows: list[list[str]], markdown: bool = False) -> str:
@@ -383,8 +383,17 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
         if config.kind == kind and system in [name for name, *_ in listed]:
             system += " own" if config.recipe == "own" else ""
             config = resolve(config, kind, config.data is None)  # it may be older than an option
-            rows.append((run, system, config, digest(read_json(run / "splits.json"))))
+            rows.append((run, system, config, digest(saved_splits(run))))
     return pd.DataFrame(rows, columns=["run", "system", "config", "studies"])
+
+
+def tested_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
+    """test_studies.csv by study, its metrics numbers. Raises UserError if it is damaged."""
+    with reading(run / "test_studies.csv", "Remove summary.json; --resume tests the run again"):
+        studies = pd.read_csv(run / "test_studies.csv", index_col="study")
+        if studies["has_lesion"].dtype != bool or studies.index.hasnans:
+            raise ValueError("a row is cut short")
+        return studies.astype({metric.column.format(""): float for metric in metrics})
 
 
 def figures(metric: Metric, studies: pd.DataFrame, reference: pd.DataFrame | None):
@@ -413,9 +422,8 @@ def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     newest = dict(zip(runs["system"], runs["run"], strict=True))
     own = [(f"{name} own", f"{title}, own recipe", *[math.nan] * 3) for name, title, *_ in listed]
     listed = [*listed, *(row for row in own if row[0] in newest)]
-    files = {name: newest[name] / "test_studies.csv" for name, *_ in listed if name in newest}
-    tested = {name: pd.read_csv(file, index_col="study") for name, file in files.items()}
     metrics = [metrics_of(names)[name] for name in names]
+    tested = {n: tested_studies(newest[n], metrics) for n, *_ in listed if n in newest}
     heading = [f"{metric.title} {who}" for metric in metrics for who in ("paper", "here")]
     rows, text = [], [["Method", *heading]]
     for name, title, *published in listed:

@@ -9,7 +9,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from cache import Case
 from config import Config, add_flags, as_options, plain, title, versions_in_words
 from console import Log
 from data import Loader, Patches, Schedule, add_noise, shuffle_voxels
-from devices import Ranks, autocast, choose_amp, choose_device, describe
+from devices import Ranks, autocast, choose_amp, choose_device, describe, use_threads
 from eval import evaluate, see, val_dice, write_results
-from files import UserError, command_line, write_json
+from files import UserError, command_line, reading, write_json
 from losses import gradient_norms
 from mirror_unet import Network, count_parameters
 from tables import results_table, rows_of
@@ -48,6 +48,7 @@ class State:
     epoch: int = 0  # epochs done
     best_dice: float = -math.inf
     rows: list[dict] = field(default_factory=list)  # of metrics.csv
+    studies: dict = field(default_factory=dict)  # what it trains on, as runs.studies_of has it
 
 
 def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
@@ -55,16 +56,14 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
 
     report: called after each epoch with its row of metrics.csv. Raises UserError for bad input.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     ranks = Ranks(device)
+    use_threads(config.threads, ranks.say)
     config, cases = open_on_all(config, ranks)
     model = runs.build_model(config)
     config = choose_amp(config, device, model)
-    refuse_small_batches(config, model, ranks.world)
-    run = Path(ranks.first(lambda: config.out or str(runs.name_run(config))))
-    with runs.only_writer(run) if ranks.main else nullcontext():
+    with ExitStack() as stack:
+        run = Path(ranks.first(lambda: runs.claim_run(config, stack)))
         goes_on = ranks.first(lambda: runs.can_go_on(run, config))
         if goes_on and ranks.first(lambda: runs.is_finished(run, config.epochs)):
             done = f"has its {config.epochs} epochs and test results; --epochs extends it"
@@ -73,7 +72,9 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
         splits = ranks.first(lambda: runs.choose_splits(config, cases, run if goes_on else None))
         by_name = {case.name: case for case in cases}
         parts = {part: [by_name[name] for name in names] for part, names in splits.items()}
-        state = resume_or_start(run, config, device, ranks, model, goes_on)
+        refuse_batches(config, model, ranks.world, len(parts["train"]))
+        studies = runs.studies_of(parts, config.kind)
+        state = resume_or_start(run, config, device, ranks, model, goes_on, studies)
         if ranks.main:
             write_json(run / "splits.json", splits)
             runs.save_config(run, config, device.type)
@@ -105,7 +106,12 @@ def open_on_all(config: Config, ranks: Ranks) -> tuple[Config, list[Case]]:
     return config, cases
 
 
-def refuse_small_batches(config: Config, model: Network, world: int) -> None:
+def refuse_batches(config: Config, model: Network, world: int, studies: int) -> None:
+    if config.batch_size > max(crops := studies * config.crops, 4):
+        raise UserError(
+            f"--batch-size {config.batch_size}: more than the {crops} crops of an epoch, of "
+            f"{studies} training studies. Use a smaller one, or more --crops."
+        )
     if config.batch_size % world:
         raise UserError(f"--batch-size {config.batch_size} does not divide by {world} devices.")
     if max(config.patch) <= model.least and config.batch_size == world:
@@ -257,8 +263,9 @@ def test(state: State, cases: list[Case]) -> dict:
     run, config, ranks = state.run, state.config, state.ranks
     ranks.barrier()  # rank 0 may still be writing best.pt
     began = time.perf_counter()
-    best = runs.load_checkpoint(run / "best.pt")
-    state.model.load_state_dict(best["model"])
+    best = runs.load_checkpoint(run / "best.pt", "val_dice")
+    with reading(run / "best.pt", "Do not mix runs"):
+        state.model.load_state_dict(best["model"])
     mine = cases[ranks.rank :: ranks.world]
     bar = "test" if ranks.main else ""
     scored = ranks.gather(evaluate(state.model, mine, config, state.device, bar=bar))
@@ -279,21 +286,33 @@ def test(state: State, cases: list[Case]) -> dict:
     return runs.result_of(run)
 
 
-def resume_or_start(run: Path, config, device, ranks: Ranks, model, goes_on: bool) -> State:
-    """The state of a run before its next epoch, from last.pt if it goes on."""
+def resume_or_start(
+    run: Path, config, device, ranks: Ranks, model, goes_on: bool, studies: dict | None = None
+) -> State:
+    """The state of a run before its next epoch, from last.pt if it goes on. Raises UserError if its
+    studies are no longer those that it began with."""
     model = model.to(device, memory_format=torch.channels_last_3d)
     state = State(
         run, config, device, ranks, model,
         net=ranks.parallel(model, device, config.compile),
         optimizer=make_optimizer(model, config, device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
+        studies=studies or {},
     )  # fmt: skip
     if goes_on:
-        checkpoint = runs.load_checkpoint(run / "last.pt")
-        for name in ("model", "optimizer", "scaler"):
-            getattr(state, name).load_state_dict(checkpoint[name])
+        stateful = ("model", "optimizer", "scaler")
+        checkpoint = runs.load_checkpoint(run / "last.pt", *stateful, "best_dice")
+        if isinstance(began := checkpoint.get("studies"), dict):
+            runs.refuse_changes(run, began, state.studies)
+        else:
+            ranks.say("resume     an older run: whether its studies changed is not known")
+        with reading(run / "last.pt", "Do not mix runs"):
+            for name in stateful:
+                getattr(state, name).load_state_dict(checkpoint[name])
         state.epoch, state.best_dice = checkpoint["epoch"], checkpoint["best_dice"]
         state.rows = runs.read_metrics(run, state.epoch)
+        if state.rows and state.rows[-1]["epoch"] < state.epoch:
+            raise UserError(f"{run / 'metrics.csv'}: ends before last.pt. Restore or remove it.")
     return state
 
 
@@ -315,7 +334,8 @@ def save_epoch(state: State, row: dict) -> None:
         runs.save_checkpoint(state.run / "best.pt", weights | {"val_dice": dice})
     runs.write_metrics(state.run, state.rows)
     to_go_on = {name: getattr(state, name).state_dict() for name in ("optimizer", "scaler")}
-    runs.save_checkpoint(state.run / "last.pt", weights | to_go_on | {"best_dice": state.best_dice})
+    to_go_on |= {"best_dice": state.best_dice, "studies": state.studies}
+    runs.save_checkpoint(state.run / "last.pt", weights | to_go_on)
 
 
 def parse(argv: list[str] | None = None) -> Config:

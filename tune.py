@@ -79,7 +79,11 @@ def settings(search: str, given: dict, seeds: list[int], samples: int, kind: str
             rows = itertools.product(*grid.values())
             asked += [dict(zip(grid, row, strict=True)) for row in rows]
     used = [options.reads(Config(**values), kind) for values in asked]
-    nobody = {name for name in given if not any(read[name] for read in used)}
+    axes = {name for space in SPACES.get(search, ()) for name in space if len(space[name]) > 1}
+    nobody = {name for name in given.keys() | axes if not any(read[name] for read in used)}
+    if idle := sorted(nobody - given.keys()):
+        flags = f"--search {search} --version {asked[0]['version']}"
+        raise UserError(f"{flags}: {idle[0]}, which the search varies, is not read. Change either.")
     return [
         {name: value for name, value in values.items() if read[name] or name in nobody}
         for values, read in zip(asked, used, strict=True)
@@ -285,13 +289,15 @@ def schedule(args: argparse.Namespace, trials: list[Config], todo: list[Config])
         os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
         # before the import: every server of this Ray listens on the loopback interface only
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    session = None
     try:
         if host and port.isdecimal():  # Ray would wait minutes for nobody
             socket.create_connection((host, int(port)), timeout=10).close()
         import ray
         from ray import tune
 
-        ray.init(address, logging_level="CRITICAL", log_to_driver=False, include_dashboard=False)
+        silent = dict(logging_level="CRITICAL", log_to_driver=False, include_dashboard=False)
+        session = ray.init(address, **silent)
         need = share_out(ray.nodes(), args, todo[0])
         mps = not need["gpu"] and choose_device(todo[0].device).type == "mps"
         launch = {"threads": todo[0].threads or max(1, int(need["cpu"]))}
@@ -312,12 +318,17 @@ def schedule(args: argparse.Namespace, trials: list[Config], todo: list[Config])
         ray.shutdown()
         shutil.rmtree(args.out / ".ray", ignore_errors=True)  # Ray's own state: not needed again
     except Exception as error:
-        if isinstance(error, UserError):
+        if isinstance(error, (UserError, BrokenPipeError)):
             raise
-        with open(args.out / "ray.log", "a", encoding="utf-8") as file:
+        with suppress(OSError), open(args.out / "ray.log", "a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         said = str(error).strip().partition("\n")[0] + " (see ray.log)"
         raise UserError(f"Ray, {address}: {said}. The same command goes on.") from None
+    finally:
+        if session:
+            ray.shutdown()
+            if address == "local":  # a folder of logs in /tmp, which Ray leaves there
+                shutil.rmtree(session.address_info["session_dir"], ignore_errors=True)
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
@@ -348,6 +359,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         raise UserError(f"--seed {min(args.seed)}: the least is 0.")
     args.out = Path(args.out or f"runs/{args.search}").resolve()
     given = options.as_options(args, names)
+    options.check(Config(**given))  # before an empty path becomes the working folder
     given |= {n: str(Path(given[n]).resolve()) for n in ("data", "cache", "splits") if n in given}
     return args, given
 

@@ -1,7 +1,11 @@
 """cache.py against answers derived another way: by hand, by scipy, or from how data were made."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,8 +17,9 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 import cache
+import files
 from cache import PREPROCESSING, preprocess
-from files import UserError
+from files import HERE, UserError
 from studies import BadStudy, Source, Study, find_studies, read_study
 
 PETCT, MRI = PREPROCESSING["petct"], PREPROCESSING["mri"]
@@ -122,7 +127,7 @@ def test_order_of_axes_does_not_matter(tmp_path, axes):
     got, again = preprocess(study, PETCT)
     for name in ("images", "label", "lesion"):
         assert np.array_equal(got[name], expected[name]), name
-    assert again["digest"] == meta["digest"]
+    assert [again["digests"][n] == meta["digests"][n] for n in ("ct", "pet")] == [True, True]
     got, meta = preprocess(study, replace(PETCT, spacing=spacing))  # so that the way back is exact
     back = cache.to_native(json.loads(json.dumps(meta)), got["label"][None], is_class)
     assert back.dtype == np.uint8 and np.array_equal(back, turned["SEG"])
@@ -231,38 +236,76 @@ def test_changed_names_are_read_again(msd, tmp_path):
     assert len(said) == 2 and np.array_equal(case.load("images"), images[::-1])
 
 
-@pytest.mark.parametrize("left", ["temporary folder", "no meta", "cut meta"])
+@pytest.mark.parametrize("left", ["temporary folder", "no meta", "cut meta", "list", "cut array"])
 def test_what_a_kill_leaves_is_not_used(tcia, tmp_path, left):
     root, folder, said = tcia(1), tmp_path / "cache", []
     case = prepare(root, folder)[0]
     expected, meta = np.array(case.load("images")), case.folder / "meta.json"
     if left == "temporary folder":
-        old = case.folder.rename(case.folder.with_name(f".{case.folder.name}.123.tmp"))
-        os.utime(old, (0, 0))
+        case.folder.rename(case.folder.with_name(f".{case.folder.name}.999999999@{HERE}.tmp"))
     elif left == "no meta":
         meta.unlink()
         np.save(case.folder / "images.npy", np.zeros(3))
+    elif left == "cut array":
+        os.truncate(case.folder / "images.npy", 1000)
     else:
-        meta.write_text(meta.read_text()[:50])
+        meta.write_text("[1]" if left == "list" else meta.read_text()[:50])
     (case,) = prepare(root, folder, say=said.append)
     assert "1 of 1 studies to read" in said[0]
     assert np.array_equal(case.load("images"), expected)
     assert not list(case.folder.parent.glob(".*"))
 
 
+@pytest.mark.parametrize("change", [{"shape": [9] * 3}, {"native_spacing": None}, {"digests": {}}])
+def test_a_changed_description_is_made_again(tcia, tmp_path, change):
+    root, folder = tcia(1), tmp_path / "cache"
+    (case,) = prepare(root, folder)
+    path = case.folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (again,) = prepare(root, folder)
+    assert again.meta == case.meta == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_preprocessing_is_gone_at_once_and_the_next_start_sweeps(tcia, tmp_path, number):
+    """Killed while the first of two studies is written."""
+    root, folder = tcia(2), tmp_path / "cache"
+    code = f"""
+import os, time, numpy, pathlib, cache, studies
+numpy.lib.format.write_array_header_1_0 = lambda *args: os.write(2, b"1\\n") and time.sleep(60)
+root, settings = pathlib.Path({str(root)!r}), cache.PREPROCESSING["petct"]
+cache.prepare(root, studies.find_studies(root), settings, {str(folder)!r}, workers=2)"""
+    words = {"cwd": Path(cache.__file__).parent, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **words) as process:
+        said = [process.stderr.readline() for _ in range(2)]
+        process.send_signal(number)
+        assert process.wait(5) == -number and said == ["1\n", "1\n"], said
+        assert process.stderr.read() == ""  # nobody holds the pipe: no child is left
+    (base,) = folder.iterdir()
+    left = [path.name for path in base.iterdir()]
+    assert len(left) == 3 and sum(name.endswith(".tmp") for name in left) == 2
+    assert len(prepare(root, folder)) == 2
+    assert sorted(path.name.startswith("PETCT_") for path in base.iterdir()) == [False, True, True]
+
+
 def test_failed_write_leaves_nothing(tcia, tmp_path, monkeypatch):
-    def full_disk(file, array):
+    def full_disk(file, header):
         file.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):  # files.command_line makes one line of it
         prepare(tcia(2), tmp_path / "file")
-    monkeypatch.setattr(np, "save", full_disk)
-    message = message_of(tcia(2), tmp_path / "cache")
-    assert message.count("No space left on device") == 2 and "--cache" in message
-    (folder,) = (tmp_path / "cache").iterdir()
-    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full_disk)
+    for number, caught in ((errno.EIO, UserError), (errno.ENOSPC, OSError)):
+        error = OSError(number, os.strerror(number))
+        with pytest.raises(caught) as end:
+            prepare(tcia(2), tmp_path / "cache")
+        (folder,) = (tmp_path / "cache").iterdir()
+        assert [path.name for path in folder.iterdir()] == ["settings.json"]
+        if caught is UserError:  # a finding for each study
+            assert str(end.value).count("Input/output") == 2 and "--cache" in str(end.value)
+    assert (end.value.errno, Path(end.value.filename).parent) == (28, folder)  # the first one
 
 
 def test_check_finds_damage_that_keeps_size_and_time(tcia, tmp_path):
@@ -330,3 +373,26 @@ def test_an_interrupt_leaves_the_rest_undone(tcia, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(tcia(3), tmp_path / "cache")
     assert begun == [NAME]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a full device")
+def test_a_full_disk_ends_the_preprocessing_with_one_line(tcia, tmp_path, monkeypatch, capsys):
+    """The arrays of the first study go to a disk that is full."""
+    true = files.unfinished
+
+    def full(path):
+        if path.suffix == ".npy":
+            true(path).symlink_to("/dev/full")
+        return true(path)
+
+    monkeypatch.setattr(files, "unfinished", full)
+    root = tcia(3)
+    with pytest.raises(SystemExit) as end:
+        files.command_line(lambda: prepare(root, tmp_path / "cache"))
+    (base,) = (tmp_path / "cache").iterdir()
+    assert [path.name for path in base.iterdir()] == ["settings.json"] and end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {base}/PETCT_") and line.count("\n") == 1
+    assert ": the disk is full, No space left on device. Make room; " in line
+    monkeypatch.undo()
+    assert len(prepare(root, tmp_path / "cache")) == 3

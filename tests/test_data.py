@@ -23,10 +23,12 @@ def stored(tmp_path):
         label[tuple(np.transpose(lesions))] = len(lesions) > 0
         place = np.arange(1, label.size + 1).reshape(shape)  # float16 holds 2048 at most
         (tmp_path / name).mkdir()
-        np.save(tmp_path / name / "images.npy", np.stack(np.divmod(place, 2048)).astype("f2"))
-        np.save(tmp_path / name / "label.npy", label)
-        np.save(tmp_path / name / "lesion.npy", np.flatnonzero(label).astype(np.uint32))
+        arrays = {"images": np.stack(np.divmod(place, 2048)).astype("f2"), "label": label}
+        arrays["lesion"] = np.flatnonzero(label).astype(np.uint32)
+        for array, values in arrays.items():
+            np.save(tmp_path / name / f"{array}.npy", values)
         meta = {"name": name, "patient": name, "shape": shape, "lesion_voxels": len(lesions)}
+        meta["arrays"] = {n: (a.dtype.str, a.shape) for n, a in arrays.items()}
         return Case(meta, tmp_path / name)
 
     return make
@@ -80,6 +82,7 @@ def test_labels_of_a_crop(stored, monkeypatch):
     healthy.meta["lesion_voxels"] = 1  # lost in resampling
     assert not Patches([healthy], (4, 4, 4), 0, lesion_p=1.0)[0, 0]["mask"].any()
     np.save(case.folder / "organs.npy", 7 * np.load(case.folder / "label.npy"))
+    case.meta["arrays"]["organs"] = case.meta["arrays"]["label"]
     monkeypatch.setattr(data, "LABELS", {"mask": "label", "organs": "organs"})
     item = Patches([case], (4, 4, 4), 0, lesion_p=1.0)[0, 0]
     assert list(item) == ["image", "mask", "organs", "tumor"]

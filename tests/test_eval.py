@@ -279,7 +279,7 @@ def predict(tmp_path, scan, model=None, **options):
     """The mask that is predicted for tmp_path/in, and its path. It must have the grid of `scan` in
     every field of the header that a viewer may use."""
     args = (model or Threshold()).eval(), replace(CONFIG, **options), tmp_path / "in"
-    [path] = evaluation.predict(*args, tmp_path / "out", CPU)
+    [path] = evaluation.predict(*args, tmp_path / "out", CPU, overwrite=True)
     image, scan = nib.load(path), nib.load(scan)
     assert type(image) is type(scan)
     mask, scan = image.header, scan.header
@@ -322,10 +322,14 @@ def test_bad_studies_are_reported_after_the_good_ones_are_written(tmp_path, caps
     _, broken = l_shaped_study(tmp_path / "in" / "PETCT_0" / "b", "RAS")
     broken.write_bytes(broken.read_bytes()[:200])
     args = (Threshold().eval(), CONFIG, tmp_path / "in", tmp_path / "out", CPU)
-    with pytest.raises(UserError, match="1 studies were predicted; 1 problems .*\n.*b/SUV.nii.gz: cannot be"):
+    with pytest.raises(
+        UserError, match="1 studies were predicted; 1 problems .*\n.*b/SUV.nii.gz: cannot be"
+    ):
         evaluation.predict(*args)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["PETCT_1__a.nii.gz"]
-    assert len(evaluation.predict(*args, skip_bad=True)) == 1
+    with pytest.raises(UserError, match="PETCT_1__a.nii.gz: exists already.* Add --overwrite"):
+        evaluation.predict(*args, skip_bad=True)
+    assert len(evaluation.predict(*args, skip_bad=True, overwrite=True)) == 1
     assert "b/SUV.nii.gz: cannot be" in capsys.readouterr().err
 
 
@@ -462,12 +466,12 @@ def test_late_fusion_is_what_its_name_says(others, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("overlap", 0.5), ("patch", [32] * 3), ("spacing", [20.0] * 3), ("splits", {"test": []})],
+    [("overlap", 0.5), ("patch", [32] * 3), ("spacing", [20.0] * 3), ("splits", {})],
 )
 def test_late_fusion_refuses_runs_that_differ(others, tmp_path, name, value):
     other = shutil.copytree(others / "pet", tmp_path / name)
     if name == "splits":
-        write_json(other / "splits.json", value)
+        write_json(other / "splits.json", dict.fromkeys(("train", "val", "test"), []))
     else:
         config = json.loads((other / "config.json").read_text())["config"]
         write_json(other / "config.json", {"config": config | {name: value}})
@@ -481,6 +485,9 @@ def test_late_fusion_refuses_runs_that_differ(others, tmp_path, name, value):
     [
         (["--predict", "{data}"], "--predict takes one run, and --out"),
         (["--predict", "{data}", "--table", "3"], "choose one"),
+        (["--overwrite"], "--overwrite goes with --predict"),
+        (["--predict", "{data}", "--out", ""], "'': an empty string is no value"),
+        (["--data="], "'--data=': an empty string is no value"),
         (["--table", "3", "--part", "val"], "--part has no effect"),
         (["{pet}", "--table", "3"], "--table takes one folder"),
         (["--late-fusion", "union"], "--late-fusion takes two runs"),

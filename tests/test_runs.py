@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,19 +19,39 @@ from files import UserError, write_json
 from phantom import write_phantom
 
 
+@contextmanager
+def other_writer(folder):
+    """Another process that writes the folder."""
+    code = "import fcntl, time\nfile = open('.lock', 'a+b')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+    words = [sys.executable, "-c", code + "print(1, flush=True); time.sleep(60)"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 def test_new_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Config(version="v1", shared=(4, 5, 6))
+
+    def claim(**options):
+        with ExitStack() as stack:
+            return runs.claim_run(replace(config, **options), stack)
+
     names = []
     for _ in range(3):
-        path = runs.name_run(config)
-        path.mkdir(parents=True)
-        assert runs.name_run(config) == path  # a folder without config.json holds no run
-        (path / "config.json").touch()
-        names.append(path.as_posix())
+        path = claim()
+        assert claim() == path  # a folder without config.json holds no run
+        (tmp_path / path / "config.json").touch()
+        names.append(path)
     assert names == ["runs/v1-L456", "runs/v1-L456-2", "runs/v1-L456-3"]
-    assert runs.name_run(Config(shared=())).name == "v2-Lnone"
-    assert runs.name_run(Config(version="nnunet")).name == "nnunet"
+    with other_writer(tmp_path / claim()):  # a training that starts at the same moment
+        assert claim() == "runs/v1-L456-5"
+    assert claim() == "runs/v1-L456-4" and claim(out="a/b") == "a/b" and Path("a/b/.lock").exists()
+    assert claim(version="v2", shared=()) == "runs/v2-Lnone"
+    assert claim(version="nnunet") == "runs/nnunet"
 
 
 def test_without_data_a_phantom_is_simulated(tmp_path, monkeypatch):
@@ -84,15 +105,9 @@ def test_metrics_come_back_without_what_an_epoch_did_not_have(tmp_path):
 
 def test_one_process_writes_a_run_while_it_lives(tmp_path):
     """The lock of another process holds, and no longer than that."""
-    code = "import fcntl,sys,time; f=open(sys.argv[1],'a+b'); fcntl.lockf(f,fcntl.LOCK_EX); "
-    code += "print(1,flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    with pytest.raises(runs.Busy, match="another process is writing"), runs.only_writer(tmp_path):
+    busy = pytest.raises(runs.Busy, match="another process is writing")
+    with other_writer(tmp_path), busy, runs.only_writer(tmp_path):
         pass
-    other.kill()
-    other.communicate()
     with runs.only_writer(tmp_path):
         pass
 

@@ -275,7 +275,7 @@ def make_run(root, name, shift=0.0, late="", age=0, kind="petct", studies="abcde
     run.mkdir(parents=True)
     more = {"late_fusion": late} if late else {}
     write_json(run / "config.json", {"config": plain(config_of(kind, **options))} | more)
-    write_json(run / "splits.json", {"test": list("abcdef")})
+    write_json(run / "splits.json", {"train": [], "val": [], "test": list("abcdef")})
     rows = [
         {"study": study, "has_lesion": i < 4} | dict.fromkeys(metrics, i / 10 + shift * (1 + i))
         for i, study in enumerate(studies)
@@ -348,3 +348,19 @@ def test_table_5_and_a_folder_without_runs(tmp_path):
     v1, v2 = (table.set_index("system").loc[name] for name in ("v1", "v2"))
     assert v2["dice_edema"] == pytest.approx(25) and np.isnan(v2["dice_core_p"])
     assert v1["dice_core_p_n"] == 1 and np.isnan(v1["dice_core_low"]) and "10.00 n=1 " in text
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", "[]"), ("splits.json", "[]"), ("test_studies.csv", ""),
+        ("test_studies.csv", "study,has_lesion\na,True\n"), ("splits.json", '{"test": 5}'),
+        ("test_studies.csv", "study,has_lesion,dice,fpv_ml,fnv_ml\na,True,0.1,x,1\n"),
+        ("test_studies.csv", "study,has_lesion,dice,fpv_ml,fnv_ml\na,True,0.1,1,1\nb"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content):
+    make_run(tmp_path, "a", version="ct")
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(UserError, match=f"^{tmp_path / 'a' / name}: damaged.*[.]$"):
+        tables.paper_table(3, tmp_path)

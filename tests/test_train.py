@@ -3,9 +3,11 @@
 Run as a script it is one rank of the data-parallel test, or a run that is killed.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import console
+import devices
 import eval as evaluation
 import plots
 import runs
@@ -178,12 +182,15 @@ def test_bf16_on_the_cpu_is_refused_where_torch_is_wrong(version, least):
         ({"amp": "fp16"}, "--amp fp16"),
         ({"amp": "bf16"}, "--amp bf16 with --patch"),
         ({"batch_size": 1}, "leaves batch norm a single value"),
+        ({"batch_size": 13}, "--batch-size 13: more than the 12 crops of an epoch, of 3 training"),
+        ({"data": ""}, "--data '': an empty string"),
+        ({"out": ""}, "--out '': an empty string"),
         ({"version": "v4", "lambda_cls": 1.0, "phi": "none"}, "--lambda-cls has no effect on v4"),
     ],
 )
 def test_a_run_that_cannot_start_says_why(base, cases, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        train.train(replace(base, out=str(tmp_path / "run"), **options))
+        train.train(replace(base, **{"out": str(tmp_path / "run")} | options))
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
@@ -412,6 +419,138 @@ def test_a_start_that_made_no_checkpoint_leaves_no_splits(base, tmp_path, monkey
     assert json.loads((tmp_path / "splits.json").read_text()) != first
 
 
+def resume(run, **options):
+    return train.train(replace(train.parse(["--resume", "--out", str(run)]), **options))
+
+
+def untested(finished, tmp_path, **changes):
+    """A copy of the finished run that has yet to be tested, its last.pt changed."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (run / "summary.json").unlink()
+    content = torch.load(run / "last.pt", weights_only=True)
+    for name, change in changes.items():
+        content[name] = change(content[name])
+    torch.save(content, run / "last.pt")
+    return run
+
+
+def test_changed_data_do_not_go_on(base, finished, tmp_path, no_figures):
+    run, data = untested(finished, tmp_path), shutil.copytree(base.data, tmp_path / "data")
+    splits = json.loads((run / "splits.json").read_text())
+    changes = {"train": ("CT", "CTres"), "val": ("PET", "SUV"), "test": ("mask", "SEG")}
+    for part, (slot, stem) in changes.items():
+        path = data / splits[part][0] / f"{stem}.nii.gz"
+        image = nib.load(path)
+        middle = tuple(slice(n // 2, n // 2 + 4) for n in image.shape)
+        values = np.asarray(image.dataobj).copy()
+        values[middle] = 1 - values[middle] if slot == "mask" else values[middle] + 40
+        nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
+    with pytest.raises(UserError) as caught:
+        resume(run, data=str(data), cache=str(tmp_path / "cache"))
+    found = ", ".join(f"{splits[part][0]} ({slot})" for part, (slot, _) in changes.items())
+    assert str(caught.value).startswith(f"{run}: changed since the run began: {found}. Restore")
+    assert resume(run)["epochs"] == 2  # restored
+
+
+def test_other_splits_do_not_go_on(base, finished, tmp_path, no_figures):
+    file = tmp_path / "splits.json"
+    run = untested(finished, tmp_path, config=lambda config: config | {"splits": str(file)})
+    splits = json.loads((run / "splits.json").read_text())
+    other = splits | {"val": splits["test"], "test": splits["val"]}
+    for given, own, message in (
+        (other, splits, f"{file}: not the splits of {run}"),
+        (other, other, f"{run}: changed since the run began: .* .splits., .* and 2 more. Restore"),
+        (splits, {"train": []}, f"{run / 'splits.json'}: "),
+    ):
+        file.write_text(json.dumps(given))
+        (run / "splits.json").write_text(json.dumps(own))
+        with pytest.raises(UserError, match=message):
+            resume(run, splits=str(file))
+    file.unlink()  # the run has its own
+    (run / "splits.json").write_text(json.dumps(splits))
+    assert resume(run, splits=str(file))["test"] == finished[1]["test"]
+
+
+def test_a_run_from_before_the_digests_goes_on_and_says_so(finished, tmp_path, no_figures, capsys):
+    run = untested(finished, tmp_path, studies=lambda studies: None)
+    assert resume(run)["test"] == finished[1]["test"]
+    assert "whether its studies changed is not known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("last.pt", b""), ("last.pt", 100), ("best.pt", 100), ("config.json", "[1]"),
+        ("config.json", '{"config": {"shared": 5}}'), ("config.json", '{"config": {"data": 5}}'),
+        ("config.json", '{"config": {"epochs": NaN}}'), ("splits.json", '{"train": [1]}'),
+        ("splits.json", "[]"), ("summary.json", "[]"), ("summary.json", '{"systems": {}}'),
+        ("summary.json", '{"systems": {"model": {"dice": {"mean": "x"}}}}'),
+        ("metrics.csv", b"\xff\x00"), ("metrics.csv", "epoch,seconds\n1,x\n2,y\n"),
+        ("metrics.csv", "epoch,seconds\n1,1\n"), ("metrics.csv", "loss\n1\n"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(finished, tmp_path, no_figures, name, content):
+    run = untested(finished, tmp_path)
+    if isinstance(content, int):
+        content = (run / name).read_bytes()[:content]
+    (run / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError) as caught:
+        resume(run)
+    found = str(caught.value)
+    assert found.startswith(f"{run / name}: ") and "\n" not in found and found.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("optimizer", {}), ("model", {"a": 1}), ("scaler", 3), ("best_dice", "x"), ("epoch", None),
+        ("config", []),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_content_is_named(finished, tmp_path, name, value):
+    run = untested(finished, tmp_path, **{name: lambda old: value})
+    with pytest.raises(UserError, match=f"^{run / 'last.pt'}: damaged.*[.]$"):
+        resume(run)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "metrics.csv", "last.pt", "tensorboard"])
+def test_a_full_disk_stops_a_run_that_goes_on_later(
+    base, finished, tmp_path, no_figures, monkeypatch, name
+):
+    """In its second epoch."""
+    run, full = tmp_path / "run", OSError(errno.ENOSPC, "No space left on device")
+    replace_file, log, turns = os.replace, console.log_epoch, []
+
+    def fail(path):
+        turns.extend([1] if Path(path).name == name else [])
+        if len(turns) == 2:
+            raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda old, new: fail(new) or replace_file(old, new))
+        patch.setattr(console, "log_epoch", lambda *args: fail("tensorboard") or log(*args))
+        with pytest.raises(OSError, match="No space left") as caught:
+            train.train(replace(base, out=str(run)))
+    assert caught.value.filename == str(run / name)
+    assert not list(run.glob(".*.tmp"))
+    resume(run)
+    assert_same_run(run, finished[0])
+
+
+def test_threads_are_no_more_than_the_cores(capsys):
+    before = torch.get_num_threads()
+    devices.use_threads(99999, print)
+    cores = torch.get_num_threads()
+    assert cores == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    assert (
+        capsys.readouterr().out
+        == f"threads    {cores}, one per core, in place of --threads 99999\n"
+    )
+    devices.use_threads(before, print)
+    devices.use_threads(0, print)
+    assert torch.get_num_threads() == before and capsys.readouterr().out == ""
+
+
 # ------------------------------------------------------------------ several processes
 
 
@@ -437,7 +576,7 @@ def test_two_processes_train_one_network(base, cases, tmp_path):
 
 def test_batch_must_divide_by_the_processes():
     with pytest.raises(UserError, match="--batch-size 2 does not divide by 4 devices"):
-        train.refuse_small_batches(Config(batch_size=2, patch=(48,) * 3), MirrorUNet(), 4)
+        train.refuse_batches(Config(batch_size=2, patch=(48,) * 3, crops=1), MirrorUNet(), 4, 9)
 
 
 def test_the_command_ends_with_one_message_and_code_2(base, cases):

@@ -8,13 +8,14 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from test_runs import other_writer
 
 import runs
 import train
@@ -23,8 +24,8 @@ from config import LAUNCH, Config, plain, resolve
 from files import UserError, write_json
 
 ROOT = Path(__file__).parent.parent
-FEW = "--patch 16 --spacing 16 --epochs 2 --steps 2 --val-every 1 --channels 4 8 8 16 16"
-ONE = "--search lambdas --version v1 --phi none --lambda-rec 0.1"  # a grid of one trial
+FEW = "--patch 16 --spacing 16 --epochs 2 --steps 2 --val-every 1 --widths 4 8 8 16 16"
+ONE = "--search lambdas --phi none --lambda-rec 0.1 --lambda-cls 0.1"  # a grid of one trial
 
 
 def configs(search, given=None, seeds=(0,), samples=8, kind="petct"):
@@ -99,6 +100,13 @@ def test_what_cannot_be_done_ends_with_one_line(tmp_path, monkeypatch):
         ("--search lambdas --max-concurrent 0", "--max-concurrent 0: at least 1"),
         ("--search lambdas --patch 20", "--patch .*20.*: every side must"),
         ("--search theta --lambda-cls 1", "--lambda-cls has no effect on v4"),
+        (
+            "--search theta --version v1",
+            "--version v1: theta, which the search varies, is not read",
+        ),
+        ("--search lambdas --version v2", "--version v2: lambda_cls, which"),
+        ("--search layers --version nnunet", "--version nnunet: phi, which"),
+        ("--search layers --cache=", "--cache '': an empty string"),
         ("--search lambdas --data nowhere", "nowhere: no such folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -120,12 +128,16 @@ def test_a_trials_record_and_a_report_without_ray(base, tmp_path, monkeypatch, c
     assert tune.parse(["--search", "free", "--data", "x"])[1] == {"data": str(Path("x").resolve())}
     record = runs.read_record(run)
     assert trial.resume and not trial.check and record["searches"] == ["lambdas"]
-    plan(base, tmp_path, ONE.replace("lambdas", "layers") + " --shared 5 --window-batch 9")  # kept
+    plan(
+        base,
+        tmp_path,
+        ONE.replace("lambdas", "layers --version v3 --shared 5") + " --window-batch 9",
+    )  # kept
     assert runs.read_record(run) == record | {"searches": ["lambdas", "layers"]}
     (run / "trial.json").write_bytes(b"[]")
     assert plan(base, tmp_path, ONE)[1] == [trial]
     assert runs.read_record(run) == record
-    free = ONE.replace("lambdas", "free") + " --shared 5 --lr 0.001 --samples 3"
+    free = ONE.replace("lambdas", "free --version v3 --shared 5") + " --lr 0.001 --samples 3"
     samples = plan(base, tmp_path, free)[1]
     assert [Path(sample.out).name for sample in samples] == [f"free-{run.name}"]
     monkeypatch.setattr(tune.runs, "choose_splits", lambda *args: {"val": []})
@@ -137,17 +149,6 @@ def test_a_trials_record_and_a_report_without_ray(base, tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "ray", None)
     tune.main(["--report", str(args.out)])  # needs no Ray
     assert "2 trials, 2 waiting" in capsys.readouterr().out
-
-
-@contextmanager
-def other_writer(folder):
-    """Another process that writes the folder."""
-    code = "import fcntl, time\nfile = open('.lock', 'a+b')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
-    words = [sys.executable, "-c", code + "print(1, flush=True); time.sleep(60)"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        yield
-        process.kill()
 
 
 def make_trial(root, name, status="waiting", dices=(), epochs=4):
@@ -261,7 +262,7 @@ def test_a_trial_says_why_it_failed_and_tells_again_the_epochs_before(base, tmp_
     (run / "last.pt").write_bytes(b"damaged")
     tune.run_trial(task)
     assert tune.state(trial)["status"] == "failed" and told == []
-    assert tune.state(trial)["reason"].startswith(f"{run / 'last.pt'}: not a readable checkpoint")
+    assert tune.state(trial)["reason"].startswith(f"{run / 'last.pt'}: damaged (BadZipFile")
     assert "Traceback" in (run / "failed.txt").read_text()
     rows = [{"epoch": 1}, *({"epoch": i, "val_dice": i / 10} for i in (2, 3, 4))]
     runs.write_metrics(run, [row | {"seconds": 1.0} for row in rows])
@@ -320,7 +321,9 @@ def test_a_search_whose_worker_and_driver_are_killed_ends_as_if_never_killed(bas
     assert driver.wait() and not (other / "summary.json").exists()
     before = {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()}
     before.pop("last.pt", None)  # the restart removes it if the kill came before that
-    assert start().wait(timeout=240) == 0, printed.read_text()
+    again = start()
+    assert again.wait(timeout=240) == 0, printed.read_text()
+    assert not list(Path("/tmp/ray").glob(f"session_*_{again.pid}"))
     assert re.search(r"2 trials, 1 finished before[^$]*2/2 +0 +0 ", printed.read_text())
     assert {p.name: p.read_bytes() for p in done.iterdir() if p.is_file()} == before
     assert not (out / ".ray").exists() and not (other / "last.pt").exists()
