@@ -100,9 +100,10 @@ class UNet(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         self.wanted(ct, pet, heads)
-        slots = {"ct": ct, "pet": pet}
-        maps = encode(self.layers, torch.cat([slots[name] for name in self.images], dim=1))
-        return Output(decode(self.layers, maps, maps[-1]))
+        slots, branches = {"ct": ct, "pet": pet}, {"seg": self.layers}
+        seen = torch.cat([slots[name] for name in self.images], dim=1)
+        maps = encode(branches, {"seg": seen})
+        return Output(**decode(branches, maps, maps[-1]))
 
 
 class MiddleFusion(System):
@@ -123,8 +124,8 @@ class MiddleFusion(System):
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         self.wanted(ct, pet, heads)
-        pairs = zip(encode(self.ct, ct), encode(self.pet, pet), strict=True)
-        *skips, x = [torch.cat(pair, dim=1) for pair in pairs]
+        pairs = encode({"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet})
+        *skips, x = [torch.cat([pair["ct"], pair["pet"]], dim=1) for pair in pairs]
         for layer, skip in zip(self.decoder, reversed(skips), strict=True):
             x = layer(torch.cat([skip, x], dim=1))
         return Output(x)
@@ -684,11 +685,10 @@ class Valindria(System):
     def forward(self, ct, pet, heads=None, branch: str | None = None) -> Output:
         """branch: "ct" or "pet" runs that branch only, and its logits are `seg`."""
         want = self.wanted(ct, pet, heads)
-        out = {}
-        for name, layers, image in (("ct", self.ct, ct), ("pet", self.pet, pet)):
-            if branch in (None, name) and want & {"seg", name}:
-                maps = encode(layers, image)
-                out[name] = decode(layers, maps, maps[-1])
+        branches, images = {"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet}
+        run = [name for name in images if branch in (None, name) and want & {"seg", name}]
+        maps = encode(branches, {name: images[name] for name in run})
+        out = decode(branches, maps, maps[-1])
         if "seg" in want:
             out["seg"] = sum(out.values()) / len(out)
         return Output(**out)

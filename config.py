@@ -44,6 +44,7 @@ def by_data(petct, mri, phantom) -> dict:
 
 
 LEAST_0, LEAST_1, SHARE, SEEDS = (0, math.inf), (1, math.inf), (0, 1), (0, 2**63 - 1)
+BOTTLENECKS = {"own": "", "joint": ", joint bottleneck (0.26 M more)", "mean": ", mean in L"}
 GROUPS = {  # as -h lists them, by the first option of each
     "version": "task", "rec": "losses", "data": "data", "out": "training", "overlap": "inference",
     "amp": "machine",
@@ -65,8 +66,8 @@ class Config:
     widths: tuple[int, ...] = option(
         CHANNELS, "channels of layers 1-5", lengths=(5,), span=LEAST_1, used=mirror)
     bottleneck: str = option(
-        "own", "decoders start from their own bottom (Eq. 1) or from both",
-        choices=("own", "joint"), used=mirror)
+        "own", "decoders start from their own bottom (Eq. 1), or from both; mean: CT and PET "
+        "features meet in L", choices=tuple(BOTTLENECKS), used=mirror)
     norm: str = option(
         "shared", "batch norms of shared layers", choices=("shared", "private"), used=mirror)
     classifier: str = option(
@@ -223,8 +224,8 @@ def title(config: Config) -> str:
     if system_of(config):
         return f"{config.version}, {config.recipe} recipe"
     layers = ", ".join(map(str, config.shared))
-    joint = ", joint bottleneck (0.26 M more)" if config.bottleneck == "joint" else ""
-    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{joint}"
+    features = BOTTLENECKS[config.bottleneck]
+    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{features}"
 
 
 def reads(config: Config, kind: str) -> dict[str, bool]:

@@ -280,7 +280,8 @@ class MirrorUNet(Network):
     theta: weight of the CT branch in Eq. 4, a number in [0, 1] or "learn" (from 0.5; v4 only).
     bottleneck: "own" decodes each branch from its own bottom (Eq. 1 and the released code: the
         mask of v1-v3 does not see CT at inference); "joint" starts each decoder from both bottoms
-        through a 1^3 convolution (Fig. 1).
+        through a 1^3 convolution (Fig. 1); "mean" gives both branches the mean of their outputs
+        at every layer in L, without new weights.
     norm: "shared" or "private" batch norms inside the shared layers.
     classifier: T sees "both" bottoms (Eq. 3) or only "pet" (the released code).
     channels: widths of layers 1-5.
@@ -313,6 +314,7 @@ class MirrorUNet(Network):
         top, bottom = 2 * channels[0], channels[-1]
         self.pet = nn.ModuleList([*pet, Up(top, self.variant.pet.channels, bare=True)])
         self.ct = nn.ModuleList([*ct, Up(top, self.variant.ct.channels, bare=True)])
+        self.meet = frozenset(shared if bottleneck == "mean" else ())
         self.joint = nn.ModuleDict()
         if bottleneck == "joint":
             self.joint.update({b: nn.Conv3d(2 * bottom, bottom, 1) for b in ("ct", "pet")})
@@ -333,28 +335,29 @@ class MirrorUNet(Network):
         """
         want = self.wanted(ct, pet, heads)
         decoded = {"ct", "pet"} & (want | ({*self.variant.mask} if "seg" in want else set()))
-        meet = "btl" in want or ("tumor" in want and self.classifier_sees_ct) or len(self.joint)
-        encoded = {"ct", "pet"} if meet else decoded | ({"pet"} if "tumor" in want else set())
+        if decoded and self.meet & {6, 7, 8}:
+            decoded = {"ct", "pet"}
+        join = "btl" in want or ("tumor" in want and self.classifier_sees_ct) or len(self.joint)
+        encoded = decoded | ({"pet"} if "tumor" in want else set())
+        if join or self.meet & {1, 2, 3, 4, 5}:
+            encoded = {"ct", "pet"}
 
-        ct_maps = encode(self.ct, ct) if "ct" in encoded else None
-        pet_maps = encode(self.pet, pet) if "pet" in encoded else None
-        both = torch.cat([ct_maps[-1], pet_maps[-1]], dim=1) if meet else None  # ⊕, (B, 512, ...)
-        out = {}
-        if "ct" in decoded:
-            out["ct"] = decode(self.ct, ct_maps, self.start("ct", ct_maps, both))
-        if "pet" in decoded:
-            out["pet"] = decode(self.pet, pet_maps, self.start("pet", pet_maps, both))
+        branches, images = {"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet}
+        maps = encode(branches, {b: x for b, x in images.items() if b in encoded}, self.meet)
+        both = torch.cat([*maps[-1].values()], dim=1) if join else None  # ⊕, (B, 512, ...)
+        starts = {b: self.start(b, x, both) for b, x in maps[-1].items() if b in decoded}
+        out = decode(branches, maps, starts, self.meet)
         if "seg" in want:
             out["seg"] = self.final(*(out[branch] for branch in self.variant.mask))
         if "btl" in want:
             out["btl"] = self.btl_decoder(both)
         if "tumor" in want:
-            out["tumor"] = self.classifier(both if self.classifier_sees_ct else pet_maps[-1])
+            out["tumor"] = self.classifier(both if self.classifier_sees_ct else maps[-1]["pet"])
         return Output(**out)
 
-    def start(self, branch: str, maps: list[Tensor], both: Tensor | None) -> Tensor:
+    def start(self, branch: str, bottom: Tensor, both: Tensor | None) -> Tensor:
         """Where a branch's decoder starts: its own bottom, or both bottoms if joint."""
-        return self.joint[branch](both) if branch in self.joint else maps[-1]
+        return self.joint[branch](both) if branch in self.joint else bottom
 
     def final(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         """The logits `seg` from those of the branches in Variant.mask, CT before PET."""
@@ -366,19 +369,30 @@ class MirrorUNet(Network):
         return torch.cat([torch.zeros_like(found[:, :1]), found], dim=1)
 
 
-def encode(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
-    """Outputs of layers 1-5; the last one is the bottom (B, 256, W/16, H/16, D/16)."""
+def advance(branches, number: int, x: dict[str, Tensor], meet=()) -> dict[str, Tensor]:
+    """One layer of every branch in x; where features meet, the mean of their outputs for each."""
+    x = {name: branches[name][number - 1](value) for name, value in x.items()}
+    return dict.fromkeys(x, sum(x.values()) / len(x)) if x and number in meet else x
+
+
+def encode(branches, x: dict[str, Tensor], meet=()) -> list[dict[str, Tensor]]:
+    """Outputs of layers 1-5 by branch; the last ones are the bottoms (B, 256, W/16, H/16, D/16).
+
+    branches: lists of layers by name. x: the images of those to run. meet: the layers, 1..8, at
+    which features meet.
+    """
     maps = []
-    for layer in layers[:5]:
-        x = layer(x)
+    for number in range(1, 6):
+        x = advance(branches, number, x, meet)
         maps.append(x)
     return maps
 
 
-def decode(layers: nn.ModuleList, maps: list[Tensor], x: Tensor) -> Tensor:
-    """Layers 6-8 and the output layer from the bottom x, with the encoder's maps as skips."""
-    for layer, skip in zip(layers[5:], reversed(maps[:4]), strict=True):
-        x = layer(torch.cat([skip, x], dim=1))
+def decode(branches, maps: list[dict], x: dict[str, Tensor], meet=()) -> dict[str, Tensor]:
+    """Layers 6-8 and the output layer from the bottoms x, with the encoders' maps as skips."""
+    for number, skips in zip((6, 7, 8, 9), reversed(maps[:4]), strict=True):
+        joined = {name: torch.cat([skips[name], value], dim=1) for name, value in x.items()}
+        x = advance(branches, number, joined, meet)
     return x
 
 

@@ -280,8 +280,9 @@ def test_middle_fusion_joins_the_bottoms_and_every_skip():
         layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     with torch.inference_mode():
         net(*images)
-        maps = [encode(*branch) for branch in zip((net.ct, net.pet), images, strict=True)]
-    *skips, bottom = [torch.cat(pair, dim=1) for pair in zip(*maps, strict=True)]
+        slots = dict(zip(("ct", "pet"), images, strict=True))
+        maps = encode({"ct": net.ct, "pet": net.pet}, slots)
+    *skips, bottom = [torch.cat([pair["ct"], pair["pet"]], dim=1) for pair in maps]
     assert torch.equal(seen[0], torch.cat([skips[-1], bottom], dim=1))
     for x, skip in zip(seen, reversed(skips), strict=True):
         assert torch.equal(x[:, : skip.shape[1]], skip)

@@ -7,7 +7,18 @@ import pytest
 
 import train
 from baselines import ONE_MODALITY, SYSTEMS
-from config import LAUNCH, OPTIONS, Config, add_flags, as_config, in_words, key_of, plain, resolve
+from config import (
+    LAUNCH,
+    OPTIONS,
+    Config,
+    add_flags,
+    as_config,
+    in_words,
+    key_of,
+    plain,
+    resolve,
+    title,
+)
 from files import UserError
 from mirror_unet import VARIANTS
 
@@ -45,6 +56,12 @@ def test_defaults_are_those_of_the_paper(kind, version, phantom, expected):
     optional = {"data", "out", "steps", "splits", "theta"}
     optional |= {name for name in OPTIONS if name.startswith("lambda")}
     assert not [n for n, v in asdict(config).items() if v is None and n not in optional]
+
+
+def test_the_title_says_where_features_meet():
+    for bottleneck, words in (("own", "shuffle"), ("joint", "0.26 M more)"), ("mean", "mean in L")):
+        config = resolve(Config(version="v2", bottleneck=bottleneck), "petct", False)
+        assert title(config).startswith("Mirror U-Net v2, L={5}") and title(config).endswith(words)
 
 
 def test_what_is_asked_for_is_kept():
@@ -90,6 +107,7 @@ NAN = float("nan")
         ("petct", {"version": "v4", "modality": "ct"}, "--modality"),
         ("petct", {"version": "v3_ct_only", "modality": "pet"}, "--modality pet"),
         ("petct", {"version": "ct", "bottleneck": "joint"}, "--bottleneck"),
+        ("petct", {"bottleneck": "both"}, "--bottleneck both: choose from own, joint, mean"),
         ("petct", {"version": "nnunet", "shared": (4,)}, "--shared"),
         ("petct", {"version": "weninger", "lambda_rec": 1.0}, "--lambda-rec"),
         ("petct", {"version": "segresnet", "norm": "private"}, "--norm"),

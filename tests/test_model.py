@@ -74,6 +74,8 @@ def test_counts_of_layers_and_other_networks():
     joint = sizes_only("v2", bottleneck="joint")  # not counted
     assert size(joint.joint) == 2 * (512 * 256 + 256)
     assert mirror_unet.count_parameters(joint) == count("v2")
+    for shared in ((), (5,), (2, 7)):  # features meet without weights of their own
+        assert size(sizes_only("v2", shared, bottleneck="mean")) == count("v2", shared)
     # The last layer of D_BTL with n channels: transposed convolution 16 * n * 27 + n, norm 2n,
     # PReLU 1, convolution n * n * 27 + n, norm 2n, PReLU 1: 467 for n = 1 (a reconstruction) and
     # 986 for n = 2 (the whole tumour). The output layer of a branch with n channels: 32 * n * 27
@@ -131,10 +133,17 @@ def test_private_norms_share_everything_but_the_batch_norms():
     assert len(net.shared_parameters()) == 2 * (3 + 2) + (2 + 2)  # weights, biases; slopes
 
 
-@pytest.mark.parametrize("bottleneck", ["own", "joint"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bottleneck": "own"}, {"bottleneck": "joint"}, {"bottleneck": "mean"},
+        {"bottleneck": "mean", "shared": (2, 7), "norm": "private"},
+        {"bottleneck": "mean", "shared": (8,)},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("kind", "version"), FIELDS)
-def test_a_version_fills_its_fields_each_by_itself_too(kind, version, bottleneck):
-    net, channels = net_of(kind, version, bottleneck=bottleneck), FIELDS[kind, version]
+def test_a_version_fills_its_fields_each_by_itself_too(kind, version, options):
+    net, channels = net_of(kind, version, **options), FIELDS[kind, version]
     assert set(net.heads) == set(channels)
     out = {k: v for k, v in net(wave(0.0), wave(1.0))._asdict().items() if v is not None}
     shapes = {name: (2, c, *SMALL[2:]) if c else (2,) for name, c in channels.items()}
@@ -199,6 +208,9 @@ def test_each_output_sees_the_images_it_should_and_runs_no_more():
         joint = net_of("petct", version, bottleneck="joint").train(training)
         assert depends(own, lambda out: out.seg) == PET_ONLY
         assert depends(joint, lambda out: out.seg) == BOTH  # CT reaches the mask
+        for shared in ((1,), (5,), (8,), ()):  # by any layer of L, and by these alone
+            mean = net_of("petct", version, bottleneck="mean", shared=shared).train(training)
+            assert depends(mean, lambda out: out.seg) == (BOTH if shared else PET_ONLY)
     assert depends(joint.eval(), lambda out: out.ct) == BOTH
     v2 = net_of("petct", "v2").eval()
     assert depends(v2, lambda out: out.ct) == CT_ONLY
@@ -212,6 +224,56 @@ def test_each_output_sees_the_images_it_should_and_runs_no_more():
         net = net_of("mri", version).eval()
         assert depends(net, lambda out: out.seg[:, 1]) == CT_ONLY  # edema from FLAIR
         assert depends(net, lambda out: out.seg[:, 2]) == PET_ONLY  # core from T1Gd
+
+
+def test_mean_features_go_on_where_l_says_and_run_what_they_need():
+    net = net_of("petct", "v3", shared=(2, 5, 7), bottleneck="mean", norm="private")
+    ct, pet = wave(0.0), wave(1.0)
+    with torch.no_grad():
+        a1, b1 = net.ct[0](ct), net.pet[0](pet)
+        m2 = (net.ct[1](a1) + net.pet[1](b1)) / 2
+        a3, b3 = net.ct[2](m2), net.pet[2](m2)
+        a4, b4 = net.ct[3](a3), net.pet[3](b3)
+        m5 = (net.ct[4](a4) + net.pet[4](b4)) / 2
+        a6, b6 = (up(torch.cat([s, m5], 1)) for up, s in ((net.ct[5], a4), (net.pet[5], b4)))
+        a7, b7 = (up(torch.cat(x, 1)) for up, *x in ((net.ct[6], a3, a6), (net.pet[6], b3, b6)))
+        m7 = torch.cat([m2, (a7 + b7) / 2], 1)  # the skip from a layer of L is its mean
+        a8, b8 = net.ct[7](m7), net.pet[7](m7)
+        expected = {
+            "ct": net.ct[8](torch.cat([a1, a8], 1)), "seg": net.pet[8](torch.cat([b1, b8], 1)),
+            "btl": net.btl_decoder(torch.cat([m5, m5], 1)),
+        }  # fmt: skip
+        for name, value in expected.items():
+            assert torch.equal(getattr(net(ct, pet), name), value), name
+    for shared, runs in (((5,), [1, 0]), ((7,), [1, 1]), ((), [0, 0])):
+        net = net_of("petct", "v3", shared=shared, bottleneck="mean")
+        net(ct, pet, heads=("seg",))
+        ran = (net.ct[0].convs[0][1], net.ct[7].up[1])  # in the encoder and the decoder of CT
+        assert [norm.num_batches_tracked.item() for norm in ran] == runs
+
+
+@pytest.mark.parametrize(("kind", "version"), FIELDS)
+def test_without_layers_in_l_the_mean_is_own_bit_for_bit(kind, version):
+    own, mean = (net_of(kind, version, shared=(), bottleneck=b) for b in ("own", "mean"))
+    torch.manual_seed(0)  # for dropout
+    expected = own(wave(0.0), wave(1.0))
+    torch.manual_seed(0)
+    for a, b in zip(expected, mean(wave(0.0), wave(1.0)), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_the_mean_keeps_the_memory_layout_and_the_precision_of_its_layers():
+    net = net_of("petct", "v2", shared=(2, 6), bottleneck="mean")
+    seen = []
+    for layer in (net.pet[2], net.pet[6]):
+        layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    net = net.to(memory_format=torch.channels_last_3d)
+    full = net(wave(0.0), wave(1.0)).seg
+    assert all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = net(wave(0.0), wave(1.0)).seg
+    assert {x.dtype for x in seen[2:]} == {torch.bfloat16} == {half.dtype}
+    assert (full - half).abs().max() < 0.1 * full.abs().max()
 
 
 def test_theta_can_be_learned():
