@@ -76,6 +76,9 @@ class Config:
     modality: str = option(
         "both", "v1-v3: give both branches CT or PET (Sec. 4.2)", choices=("both", "ct", "pet"),
         used=lambda v, c: v.restores and v.classes == ("lesion",))
+    ct: str = option(
+        "own", "whose CT (MRI: FLAIR) the network is given and restores; other: another patient's, "
+        "a control", choices=("own", "other"))
     theta: float | str | None = option(
         None, "v4: weight of CT in Eq. 4, or learn [0.2]", fill=0.2, span=SHARE, words=("learn",),
         used=lambda v, c: v.fused)

@@ -1,6 +1,7 @@
 """From cached studies to a batch: training crops, and Φ of Eq. 1.
 
 Patches                     crops drawn as a pure function of (seed, epoch, index)
+lend_ct                     studies with the CT of another patient
 Schedule, Loader            batches of an epoch, read ahead
 add_noise, shuffle_voxels   Φ, on the device
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cache import Case
+from files import UserError
 
 LABELS = {"mask": "label"}  # label maps of a batch, and the cached arrays that they are cut from
 
@@ -36,6 +39,11 @@ def draw_crop(case: Case, patch: tuple[int, int, int], lesion_p: float, rng) -> 
         centre = np.unravel_index(int(lesions[rng.integers(len(lesions))]), shape)
     else:
         centre = [rng.integers(n) for n in shape]
+    return place_crop(centre, patch, shape)
+
+
+def place_crop(centre, patch, shape) -> tuple[slice, ...]:
+    """Slices of a crop around the voxel `centre`, moved into the volume if it is large enough."""
     crop = []
     for c, p, n in zip(centre, patch, shape, strict=True):
         start = min(max(int(c) - p // 2, 0), n - p) if n >= p else -((p - n) // 2)
@@ -63,12 +71,12 @@ class Patches:
 
     Every study is visited once before any is visited again. An item holds image float16
     (2, W, H, D), CT first; mask uint8 (W, H, D); tumor, 1.0 if the crop (or, by
-    class_label="volume", the study) has a lesion.
+    class_label="volume", the study) has a lesion. By ct="other" the CT is that of another patient.
     """
 
-    def __init__(self, cases, patch, seed: int, lesion_p: float = 2 / 3, class_label: str = "crop"):
+    def __init__(self, cases, patch, seed: int, lesion_p=2 / 3, class_label="crop", ct="own"):
         self.cases, self.patch, self.seed = cases, tuple(patch), seed
-        self.lesion_p, self.class_label = lesion_p, class_label
+        self.lesion_p, self.class_label, self.ct = lesion_p, class_label, ct
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         return {name: tensor[0] for name, tensor in self.batch([key]).items()}
@@ -87,11 +95,51 @@ class Patches:
             rng = np.random.default_rng((self.seed, epoch, index, 1))
             crop = draw_crop(case, self.patch, self.lesion_p, rng)
             read_crop(case.load("images"), crop, batch["image"][i].numpy())
+            if self.ct == "other":
+                self.read_other_ct(case, crop, (epoch, index), batch["image"][i, :1].numpy())
             for name, array in LABELS.items():
                 read_crop(case.load(array), crop, batch[name][i].numpy())
             ill = case.has_lesion if self.class_label == "volume" else batch["mask"][i].any()
             batch["tumor"][i] = float(ill)
         return batch
+
+    def read_other_ct(self, case: Case, crop, key: tuple[int, int], out: np.ndarray) -> None:
+        """The CT of a study of another patient, drawn from (seed, *key), into `out`: its crop whose
+        centre lies at the same fraction of its sides."""
+        others = [c for c in self.cases if c.patient != case.patient]
+        other = others[np.random.default_rng((self.seed, *key, 2)).integers(len(others))]
+        shape = other.meta["shape"]
+        sides = zip(crop, case.meta["shape"], shape, strict=True)
+        centre = [(s.start + s.stop) // 2 * theirs // own for s, own, theirs in sides]
+        read_crop(other.load("images")[:1], place_crop(centre, self.patch, shape), out)
+
+
+@dataclass(frozen=True)
+class Borrower(Case):
+    """A study whose CT is that of `lender`, middle upon middle, cut or padded with zeros."""
+
+    lender: Case | None = None
+
+    def load(self, array: str) -> np.ndarray:
+        found = super().load(array)
+        if array == "images":
+            found, ct = np.array(found), self.lender.load(array)[:1]
+            middle = [n // 2 for n in ct.shape[1:]]
+            read_crop(ct, place_crop(middle, found.shape[1:], ct.shape[1:]), found[:1])
+        return found
+
+
+def lend_ct(cases: list[Case], ct: str = "other") -> list[Case]:
+    """The studies, by ct="other" with the CT of the next patient by name, the last one with that of
+    the first. Raises UserError for studies of one patient."""
+    if ct == "own":
+        return cases
+    first = {c.patient: c for c in sorted(cases, key=lambda c: c.name, reverse=True)}
+    patients = sorted(first)
+    if len(patients) == 1:
+        raise UserError(f"--ct other: {cases[0].name} has no other patient in its part. Add one.")
+    following = dict(zip(patients, [*patients[1:], patients[0]], strict=True))
+    return [Borrower(c.meta, c.folder, first[following[c.patient]]) for c in cases]
 
 
 class Schedule:

@@ -28,6 +28,7 @@ import tables
 from baselines import LATE_FUSIONS, LateFusion
 from cache import Case, body_box, preprocess, preprocessing, to_native
 from config import Config, add_flags, as_options
+from data import lend_ct
 from devices import autocast
 from files import UserError, atomic, command_line, progress, write_json
 from mirror_unet import DATA_NAMES, UNIONS, decide, margins
@@ -301,10 +302,12 @@ def predict(
 ) -> list[Path]:
     """Masks for every study below `studies_dir`, written to `out`/<study>.nii.gz; the paths.
 
-    Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for studies of another kind than the
-    run's, for masks that are there (unless overwrite) and, after all good ones are written, for bad
-    ones (unless skip_bad).
+    Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for a control, for studies of another
+    kind than the run's, for masks that are there (unless overwrite) and, after all good ones are
+    written, for bad ones (unless skip_bad).
     """
+    if config.ct != "own":
+        raise UserError("--predict: a run with --ct other is a control. Choose one without.")
     found = find_studies(studies_dir, False, config.channels)
     if found.kind != config.kind:
         raise UserError(
@@ -345,7 +348,7 @@ EVAL_OPTIONS = (
     "window_batch", "check", "skip_bad", "channels", "lesion_labels", "allow",
 )  # fmt: skip
 OF_DATA = ("channels", "lesion_labels", "allow")  # a run's own hold for its own data only
-ALIKE = ("kind", "spacing", "patch", "modality", "overlap", "window_weights")  # in a late fusion
+ALIKE = ("kind", "spacing", "patch", "modality", "ct", "overlap", "window_weights")  # in a fusion
 
 
 def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):
@@ -396,6 +399,7 @@ def evaluate_runs(runs: list[Path], args, given: dict):
         raise UserError(f"{folder}: holds a run, whose results would be lost. Use another --out.")
     config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
     part, cases = choose_cases(run, args.part, given, cases)
+    cases = lend_ct(cases, config.ct)
     rows = evaluate(model, cases, config, device, bar=f"{folder.name} {part}")
     facts = {"run": str(run), "checkpoint": args.checkpoint, "checkpoint_epoch": weights["epoch"],
              "val_dice": weights["val_dice"], "data": config.data}  # fmt: skip

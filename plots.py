@@ -23,7 +23,7 @@ from scipy.special import softmax
 
 from cache import PREPROCESSING, THRESHOLD_SUV, Case
 from config import add_flags, as_options
-from data import shuffle_voxels
+from data import lend_ct, shuffle_voxels
 from devices import autocast
 from eval import EIGHTEEN, EVAL_OPTIONS, bits, choose_cases, named_masks, see, sliding_window
 from files import UserError, atomic, command_line
@@ -283,6 +283,7 @@ def qualitative(runs: list[Path], study: str | None = None, given: dict | None =
             raise UserError(f"{run}: is no Mirror U-Net of both modalities. Leave it out.")
         config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
         _, cases = choose_cases(run, "test", given or {}, cases)
+        cases = lend_ct(cases, config.ct)
         opened.append((run, config, model, device, {case.name: case for case in cases}))
         if len({(other.kind, other.spacing) for _, other, *_ in opened}) > 1:
             raise UserError(f"{run}: kind or spacing differ from those of {runs[0]}.")

@@ -24,7 +24,7 @@ import runs
 from cache import Case
 from config import Config, add_flags, as_options, plain, title, versions_in_words
 from console import Log
-from data import Loader, Patches, Schedule, add_noise, shuffle_voxels
+from data import Loader, Patches, Schedule, add_noise, lend_ct, shuffle_voxels
 from devices import Ranks, autocast, choose_amp, choose_device, describe, use_threads
 from eval import evaluate, see, val_dice, write_results
 from files import UserError, command_line, reading, write_json
@@ -74,6 +74,7 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
         parts = {part: [by_name[name] for name in names] for part, names in splits.items()}
         refuse_batches(config, model, ranks.world, len(parts["train"]))
         studies = runs.studies_of(parts, config.kind)
+        lent = {part: lend_ct(own, config.ct) for part, own in parts.items()}
         state = resume_or_start(run, config, device, ranks, model, goes_on, studies)
         if ranks.main:
             write_json(run / "splits.json", splits)
@@ -85,12 +86,12 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
             for epoch in range(state.epoch, config.epochs):
                 row = train_epoch(state, loader, epoch, log.bar)
                 if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
-                    row |= validate(state, parts["val"])
+                    row |= validate(state, lent["val"])
                 save_epoch(state, row)
                 log.tell(state.rows)
                 if report:
                     report(row)
-        return test(state, parts["test"])
+        return test(state, lent["test"])
 
 
 # ------------------------------------------------------------------ before the first epoch
@@ -124,7 +125,9 @@ def refuse_batches(config: Config, model: Network, world: int, studies: int) -> 
 def load_crops(cases: list[Case], state: State) -> Loader:
     """The batches of an epoch: --steps, or every study --crops times."""
     config, ranks = state.config, state.ranks
-    crops = Patches(cases, config.patch, config.seed, config.lesion_p, config.class_label)
+    crops = Patches(
+        cases, config.patch, config.seed, config.lesion_p, config.class_label, config.ct
+    )
     steps = config.steps or -(-len(cases) * config.crops // config.batch_size)
     schedule = Schedule(steps, config.batch_size, ranks.rank, ranks.world)
     return Loader(crops, schedule, config.workers, pinned=state.device.type == "cuda")

@@ -107,6 +107,7 @@ NAN = float("nan")
         ("petct", {"version": "v4", "modality": "ct"}, "--modality"),
         ("petct", {"version": "v3_ct_only", "modality": "pet"}, "--modality pet"),
         ("petct", {"version": "ct", "bottleneck": "joint"}, "--bottleneck"),
+        ("petct", {"ct": "none"}, "--ct none: choose from own, other"),
         ("petct", {"bottleneck": "both"}, "--bottleneck both: choose from own, joint, mean"),
         ("petct", {"version": "nnunet", "shared": (4,)}, "--shared"),
         ("petct", {"version": "weninger", "lambda_rec": 1.0}, "--lambda-rec"),
@@ -216,6 +217,7 @@ def test_runs_are_the_same_but_for_seed_fold_and_launch():
     assert key(**same, data="elsewhere") == key()
     assert key(lambda_rec=0.1) == {"data": "petct", "lambda_rec": 0.1}
     assert key("v4", theta=0.3, shared=(4,)) == {"data": "petct", "theta": 0.3, "shared": (4,)}
+    assert key("nnunet", ct="other") == {"data": "petct", "ct": "other"}
     assert key(epochs=7) == {"data": "petct", "epochs": 7}
     assert key(epochs=400) == {"data": "petct"} and key(steps=3) == {"data": "petct", "steps": 3}
     assert key(data=None) == {"data": "phantom"} and key("v2", kind="mri") == {"data": "mri"}

@@ -1,5 +1,6 @@
 """data.py: crops of numbered voxels, Φ by statistics."""
 
+import hashlib
 import time
 from collections import Counter
 
@@ -9,7 +10,8 @@ import torch
 
 import data
 from cache import Case
-from data import Loader, Patches, Schedule, add_noise, shuffle_voxels
+from data import Loader, Patches, Schedule, add_noise, lend_ct, shuffle_voxels
+from files import UserError
 
 KEYS = [(1, i) for i in range(24)]
 
@@ -70,6 +72,94 @@ def test_crops_stay_inside_and_small_volumes_are_padded_with_zeros(stored):
     expected[1:4, :, :4] = np.arange(1, 73).reshape(3, 6, 4)[:, 2:6]
     assert np.array_equal(places(item), expected)
     assert np.argwhere(item["mask"].numpy()).tolist() == [[2, 3, 2]]
+
+
+@pytest.fixture
+def of_patients(tmp_path):
+    """Studies a1, a2, b1 .. of four patients, of two sizes, whose CT is constant: 1, 2, 3 ..; PET
+    numbers the first axis."""
+
+    def make(letters="abcd"):
+        cases = []
+        for k, name in enumerate([f"{p}{i}" for p in letters for i in (1, 2)], start=1):
+            shape = (20, 12, 8) if k % 3 else (40, 8, 10)
+            place = np.broadcast_to(np.arange(1.0, shape[0] + 1)[:, None, None], shape)
+            (tmp_path / name).mkdir()
+            arrays = {
+                "images": np.stack([0 * place + k, place]).astype("f2"),
+                "label": (place == 5).astype(np.uint8),
+                "lesion": np.flatnonzero(place == 5).astype(np.uint32),
+            }
+            for array, values in arrays.items():
+                np.save(tmp_path / name / f"{array}.npy", values)
+            meta = {"name": name, "patient": name[0], "shape": shape, "lesion_voxels": 1}
+            meta["arrays"] = {n: (a.dtype.str, a.shape) for n, a in arrays.items()}
+            cases.append(Case(meta, tmp_path / name))
+        return cases
+
+    return make
+
+
+def test_another_patients_ct_stands_in_the_crop(of_patients):
+    cases = of_patients()
+    own, other = (Patches(cases, (8, 8, 8), 3, ct=ct) for ct in ("own", "other"))
+    seen, back = set(), {i: other[1, i] for i in reversed(range(200))}
+    for i in range(200):
+        a, b = own[1, i], Patches(cases, (8, 8, 8), 3, ct="other")[1, i]
+        assert same(b, back[i])  # whatever was drawn before
+        for name in ("mask", "tumor"):
+            assert torch.equal(a[name], b[name])
+        assert torch.equal(a["image"][1], b["image"][1])
+        [mine], [lent] = a["image"][0].unique().tolist(), b["image"][0].unique().tolist()
+        assert (mine - 1) // 2 != (lent - 1) // 2  # two studies a patient
+        seen.add((mine, lent))
+    assert len(seen) > 40  # of 48
+    batches = [[*Loader(other, Schedule(6, 4, r, 2), w)] for r, w in ((0, 0), (1, 3))]
+    for step, pair in enumerate(zip(*batches, strict=True)):
+        for r, batch in enumerate(pair):
+            for k in range(2):
+                item = {name: tensor[k] for name, tensor in batch.items()}
+                assert same(item, other[0, 4 * step + 2 * k + r])
+
+
+def test_the_other_crop_lies_at_the_same_fraction_of_the_volume(stored):
+    """CT is the number of the plane there, so a body twice as long has twice the number."""
+    one, two = (stored(s, [v], n) for s, v, n in (
+        ((40, 8, 8), (30, 4, 4), "a"), ((80, 8, 8), (24, 4, 4), "b")))  # fmt: skip
+    for case in (one, two):
+        planes = np.arange(case.meta["shape"][0], dtype="f2")[None, :, None, None]
+        images = np.load(case.folder / "images.npy")
+        np.save(case.folder / "images.npy", np.broadcast_to(planes, images.shape).astype("f2"))
+    crops = Patches([one, two], (8, 8, 8), 0, lesion_p=1.0, ct="other")
+    middles = {tuple(crops[0, i]["image"][:, 4, 4, 4].int().tolist()) for i in range(2)}
+    assert middles == {(60, 30), (12, 24)}
+
+
+def test_crops_with_the_own_ct_are_as_ever(of_patients):
+    digest = hashlib.sha256()
+    for item in map(Patches(of_patients(), (8, 10, 8), 7).__getitem__, KEYS):
+        for tensor in item.values():
+            digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "7ec1952524b245b1"  # of commit c25df52
+
+
+def test_studies_borrow_the_ct_of_the_next_patient(of_patients):
+    cases = of_patients("abc")
+    assert lend_ct(cases, "own") is cases
+    for case, lent in zip(cases, lend_ct(cases[::-1], "other")[::-1], strict=True):
+        own, found = case.load("images"), lent.load("images")
+        assert lent.name == case.name and np.array_equal(lent.load("label"), case.load("label"))
+        assert found.shape == own.shape and np.array_equal(found[1], own[1])
+        constant = {"a": 3, "b": 5, "c": 1}[case.patient]  # of the next patient's first study
+        theirs = (20, 12, 8) if constant % 3 else (40, 8, 10)
+        overlap = [min(n, m) for n, m in zip(own.shape[1:], theirs, strict=True)]
+        where = np.argwhere(found[0])  # middle upon middle, zeros around
+        assert set(np.unique(found[0])) - {0} == {constant} and len(where) == np.prod(overlap)
+        assert (
+            where.min(0) == [(n - o) // 2 for n, o in zip(own.shape[1:], overlap, strict=True)]
+        ).all()
+    with pytest.raises(UserError, match="--ct other: a1 has no other patient in its part"):
+        lend_ct(cases[:2], "other")
 
 
 def test_labels_of_a_crop(stored, monkeypatch):

@@ -466,8 +466,11 @@ def test_late_fusion_is_what_its_name_says(others, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("overlap", 0.5), ("patch", [32] * 3), ("spacing", [20.0] * 3), ("splits", {})],
-)
+    [
+        ("overlap", 0.5), ("patch", [32] * 3), ("spacing", [20.0] * 3), ("ct", "other"),
+        ("splits", {}),
+    ],
+)  # fmt: skip
 def test_late_fusion_refuses_runs_that_differ(others, tmp_path, name, value):
     other = shutil.copytree(others / "pet", tmp_path / name)
     if name == "splits":

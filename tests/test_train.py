@@ -28,6 +28,7 @@ import eval as evaluation
 import plots
 import runs
 import train
+from cache import Case
 from config import Config, as_config, plain, resolve
 from devices import Ranks, choose_amp
 from files import UserError
@@ -120,6 +121,57 @@ def test_every_version_steps_with_every_phi(base, cases, monkeypatch, version, p
     assert {*batch} == {"ct", "pet", "mask", "tumor"}
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert still <= {"theta"}  # every task reached its weights
+
+
+class Planted(Case):
+    """A study with a constant CT, the number of its patient."""
+
+    def load(self, array):
+        found = super().load(array)
+        if array == "images":
+            found = np.array(found)
+            found[0] = int(self.patient[-2:], 16)
+        return found
+
+
+def test_the_control_sees_and_restores_another_patients_ct(base, cases, monkeypatch):
+    targets, loss = [], LOSSES["petct"]["v1"]
+    record = lambda out, batch, w: targets.append(batch) or loss(out, batch, w)  # noqa: E731
+    monkeypatch.setitem(LOSSES["petct"], "v1", record)
+    cases = [Planted(case.meta, case.folder) for case in cases]
+    config = replace(base, version="v1", phi="none", batch_size=6)
+    own, other = (one_epoch(replace(config, ct=ct), cases)[3:] for ct in ("own", "other"))
+    crops = [inputs[0][0].amax((1, 2, 3, 4)).tolist() for inputs, _ in (own, other)]
+    assert {*crops[0], *crops[1]} <= {int(case.patient[-2:], 16) for case in cases}
+    assert not [1 for mine, lent in zip(*crops, strict=True) if mine == lent]
+    assert torch.equal(targets[1]["ct"], other[0][0][0])  # what it sees it restores
+    assert torch.equal(own[1][:, 1:], other[1][:, 1:]) and torch.equal(
+        targets[0]["mask"], targets[1]["mask"]
+    )
+
+
+def test_a_run_of_the_control(base, cases, finished, tmp_path, monkeypatch, no_figures):
+    """Validation and test lend CT within their part; eval.py finds the same; masks are refused."""
+    seen, real = [], evaluation.evaluate
+    record = lambda model, own, *a, **k: seen.append(own) or real(model, own, *a, **k)  # noqa: E731
+    monkeypatch.setattr(train, "evaluate", record)
+    config = replace(base, ct="other", epochs=1, steps=1, out=str(tmp_path / "run"))
+    train.train(config)
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text())
+    for part, own in zip(("val", "test"), seen, strict=True):
+        assert [case.name for case in own] == splits[part]
+        assert all(c.lender.patient != c.patient and c.lender.name in splits[part] for c in own)
+    evaluation.run_command([config.out, "--out", str(tmp_path / "again")])
+    found, expected = (f / "run" / "test_studies.csv" for f in (tmp_path / "again", tmp_path))
+    assert found.read_bytes() == expected.read_bytes()
+    with pytest.raises(UserError, match="--predict: a run with --ct other"):
+        evaluation.run_command([config.out, "--predict", base.data, "--out", str(tmp_path / "m")])
+    ill = [case.name for case in cases if case.has_lesion and case.name in splits["train"]]
+    alone = {"train": ill[:1], "val": splits["val"], "test": splits["test"]}
+    (tmp_path / "alone.json").write_text(json.dumps(alone))
+    with pytest.raises(UserError, match="--ct other: .* no other patient in its part"):
+        train.train(replace(config, splits=str(tmp_path / "alone.json"), out=str(tmp_path / "no")))
+    assert not (tmp_path / "no" / "config.json").exists()
 
 
 def test_nothing_shared_has_no_shared_gradient(base, cases):
