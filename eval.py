@@ -303,8 +303,8 @@ def predict(
     """Masks for every study below `studies_dir`, written to `out`/<study>.nii.gz; the paths.
 
     Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for a control, for studies of another
-    kind than the run's, for masks that are there (unless overwrite) and, after all good ones are
-    written, for bad ones (unless skip_bad).
+    kind than the run's, for masks that are there (unless overwrite) and, after the rest, for bad
+    ones (unless skip_bad).
     """
     if config.ct != "own":
         raise UserError("--predict: a run with --ct other is a control. Choose one without.")

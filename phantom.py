@@ -1,11 +1,16 @@
 """The simulated whole-body FDG-PET/CT cohort that stands in when there are no data.
 
-A study is painted organ by organ, lesions grow where there is room, noise and the scanner's blur
-follow. The files depend on the seed alone, byte for byte.
+A study is painted organ by organ; foci of harmless uptake, CT findings without any, and lesions
+grow where there is room; noise and the scanner's blur follow. Lesions and foci look alike in PET:
+the density on CT tells them apart. The files depend on the seed alone, byte for byte, and those of
+a patient not on how many there are.
+
+    python phantom.py --patients 200 --out DIR [--seed 1]    a larger cohort, for --data DIR
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import os
 import shutil
@@ -16,9 +21,10 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from files import sweep, unfinished, writing
+from files import UserError, command_line, progress, sweep, unfinished, writing
 
-PHANTOM = Path("data/phantom")  # where train.py writes it
+VERSION = 2  # of the content; another one has other names of studies, so that no splits fit both
+PHANTOM = Path(f"data/phantom{VERSION}")  # where train.py writes it
 
 # fmt: off
 SPACING = np.array((5.0, 5.0, 6.0))  # mm
@@ -65,17 +71,41 @@ WIDE = ((68, 84, 104, 150, 200, 262, 340, 420, 450, 466, 480, 500, 520),
         (1, 70, 128, 136, 132, 120, 132, 140, 138, 112, 52, 44, 42))
 DEEP = ((68, 84, 140, 200, 262, 350, 420, 455, 475, 500, 520),
         (60, 78, 88, 84, 82, 92, 90, 70, 50, 48, 46))
-# Where lesions grow: mirrored at random, lowest and highest centre, largest radius in mm.
-SITES = (
-    (True, (22, -12, 470), (32, 12, 488), 14),  # neck
-    (True, (0, 0, 400), (16, 18, 436), 18),  # mediastinum
-    (True, (94, -14, 412), (108, 14, 432), 16),  # axilla
-    (True, (46, -36, 350), (84, 36, 425), 22),  # lung
-    (False, (30, -20, 275), (85, 36, 318), 26),  # liver
-    (True, (4, -28, 170), (26, 4, 265), 20),  # retroperitoneum
-    (True, (0, -64, 150), (6, -50, 440), 18),  # spine
-    (True, (72, -48, 160), (92, -20, 190), 20),  # pelvic bone
-    (True, (50, 30, 84), (68, 46, 108), 16),  # groin
+# What grows in the body: smallest radius in mm, median SUV (None: as around), rows to draw from:
+# mirrored at random, lowest and highest centre, largest radius or semi-axes in mm, range of HU in
+# which the centre lies, HU painted (None: CT stays, and the spot keeps to that range).
+ANY, FAT, BONE, BOWEL = (-2000, 2000), (-120, -90), (150, 2000), (15, 28)
+LESIONS = 9, 6.5, (
+    (True, (22, -12, 470), (32, 12, 488), 14, ANY, 40),  # neck
+    (True, (0, 0, 400), (16, 18, 436), 18, ANY, 40),  # mediastinum
+    (True, (94, -14, 412), (108, 14, 432), 16, ANY, 40),  # axilla
+    (True, (46, -36, 350), (84, 36, 425), 22, ANY, 40),  # lung
+    (False, (30, -20, 275), (85, 36, 318), 26, ANY, 40),  # liver
+    (True, (4, -28, 170), (26, 4, 265), 20, ANY, 40),  # retroperitoneum
+    (True, (4, 8, 160), (44, 40, 230), 18, ANY, 40),  # mesentery
+    (True, (0, -64, 150), (6, -50, 440), 18, ANY, 40),  # spine
+    (True, (72, -48, 160), (92, -20, 190), 20, ANY, 40),  # pelvic bone
+    (True, (50, 30, 84), (68, 46, 108), 16, ANY, 40),  # groin
+)
+FOCI = 9, 5.0, (  # harmless uptake, in PET like that of lesions
+    (True, (18, -14, 462), (36, 14, 490), 15, ANY, -95),  # brown fat, neck
+    (True, (88, -16, 408), (110, 16, 436), 15, ANY, -95),  # brown fat, axilla
+    (True, (0, 0, 400), (18, 20, 440), 15, ANY, -95),  # brown fat, mediastinum
+    (True, (0, -66, 150), (10, -48, 440), 16, BONE, 500),  # worn vertebra
+    (True, (66, -52, 150), (96, -16, 195), 16, BONE, 500),  # sacroiliac joint
+    (True, (64, -14, 96), (84, 10, 124), 16, BONE, 500),  # hip joint
+    (True, (60, -60, 320), (115, 60, 445), 16, BONE, 500),  # rib fracture
+    (True, (0, 0, 150), (95, 60, 255), 16, BOWEL, None),  # bowel
+    (True, (22, -30, 150), (40, 0, 225), (9, 9, 32), ANY, 8),  # ureter
+    (True, (0, -40, 120), (90, 40, 440), 15, ANY, None),  # nothing to see on CT
+)
+FINDINGS = 8, None, (  # on CT alone
+    (False, (30, -20, 275), (85, 36, 318), 20, ANY, 8),  # cyst of the liver
+    (True, (46, -36, 350), (84, 36, 425), 14, ANY, 40),  # scar of the lung
+    (True, (22, -12, 470), (32, 12, 488), 12, ANY, 40),  # node of the neck
+    (True, (94, -14, 412), (108, 14, 432), 13, ANY, 40),  # of the axilla
+    (True, (4, -28, 170), (40, 40, 265), 13, FAT, 40),  # of the abdomen
+    (True, (50, 30, 84), (68, 46, 108), 14, ANY, 40),  # of the groin
 )
 # fmt: on
 
@@ -116,36 +146,49 @@ def capsule_mask(grid, start, stop, radii):
     return sum((o - along * w) ** 2 for o, w in zip(offset, way, strict=True)) < 1, part
 
 
-def draw_lesions(rng, wanted, origin, step, ct, suv, inner, forbidden):
-    """Paint `wanted` irregular ellipsoids into ct and suv where there is room; their mask."""
-    seg, normal = np.zeros(ct.shape, np.uint8), suv.copy()
+def draw_spots(rng, wanted, law, origin, step, ct, suv, inner, taken):
+    """Paint `wanted` irregular ellipsoids of LESIONS, FOCI or FINDINGS into ct and suv; their mask.
+
+    They lie where `inner` has room and nothing is `taken`, which grows by them.
+    """
+    smallest, median, rows = law
+    spots = np.zeros(ct.shape, np.uint8)
     while wanted:
-        mirrored, low, high, largest = SITES[rng.integers(len(SITES))]
+        mirrored, low, high, largest, (lowest, highest), hu = rows[rng.integers(len(rows))]
         place = rng.uniform(low, high) * (rng.choice((-1, 1)) if mirrored else 1, 1, 1)
         centre = (place - origin) / step
         box = tuple(slice(int(c) - 7, int(c) + 8) for c in centre)
+        tissue = (ct[box] >= lowest) & (ct[box] <= highest)
         offset = (np.mgrid[box] - centre.reshape(3, 1, 1, 1)) * SPACING.reshape(3, 1, 1, 1)
-        radius = 10 + (largest - 10) * rng.beta(1.3, 1.6)
+        radius = smallest + (np.array(largest) - smallest) * rng.beta(1.3, 1.6)
         shape = np.diag(rng.uniform(0.88, 1.15, 3)) + rng.normal(0, 0.08, (3, 3))
         level = (np.tensordot(shape / radius, offset, 1) ** 2).sum(0)
         wave = np.tensordot(rng.normal(0, 1.5 / radius, 3), offset, 1) + rng.uniform(0, 6.3)
         mask = level * (1 + 0.2 * np.sin(wave)) < 1
-        value = np.clip(np.exp(rng.normal(np.log(6.5), 0.4)), 3.5, 12.0)
+        if hu is None:
+            mask &= tissue
+        value = np.clip(np.exp(rng.normal(np.log(median or 1), 0.4)), 3.5, 12.0)
         near = ndimage.binary_dilation(mask, iterations=2)
-        clear = not (forbidden[box] | (seg[box] > 0))[near].any() and inner[box][mask].all()
+        clear = tissue[7, 7, 7] and not taken[box][near].any() and inner[box][mask].all()
         # Hot enough to stand out from its surroundings, though not from the rest of the body.
-        if clear and mask.sum() >= 15 and value > 2 * normal[box][near].max():
-            ct[box][mask], suv[box][mask], seg[box][mask] = 40, value, 1
+        if clear and mask.sum() >= 15 and not (median and value <= 2 * suv[box][near].max()):
+            spots[box][mask] = 1
+            if hu is not None:
+                ct[box][mask] = hu
+            if median:
+                suv[box][mask] = value
+            taken[box] |= mask
             wanted -= 1
-    return seg
+    return spots
 
 
 def draw_study(anatomy, study, tumour):
     """One simulated PET/CT study, with 1 to 6 lesions if `tumour`.
 
-    anatomy: random generator of the shapes, of which the same state gives the same patient; study:
-    that of uptake, lesions and noise. Returns CT (int16, HU), SUV (float32, g/ml) and lesions
-    (uint8, 0 or 1), each (X, Y, Z) of 5 x 5 x 6 mm, and the affine (4, 4) from voxels to RAS+ mm.
+    Foci and CT findings follow one law in all patients. anatomy: random generator of the shapes, of
+    which the same state gives the same patient; study: that of uptake, spots and noise. Returns CT
+    (int16, HU), SUV (float32, g/ml) and lesions (uint8, 0 or 1), each (X, Y, Z) of 5 x 5 x 6 mm,
+    and the affine (4, 4) from voxels to RAS+ mm.
     """
     girth, stature = anatomy.uniform(0.95, 1.18), anatomy.uniform(0.93, 1.07)
     half = np.ceil(np.array((142, 98)) * girth / SPACING[:2]).astype(int) + (5, 4)
@@ -157,7 +200,7 @@ def draw_study(anatomy, study, tumour):
     grid = [(a * s + o).astype(np.float32) for a, s, o in axes]
     fat = 0.06 + 0.3 * (girth - 0.95) * anatomy.uniform(0.5, 1)
     ct, suv, soft, inner = draw_frame(*grid, fat)
-    forbidden = np.zeros(shape, bool)  # organs that are hot anyway: no lesion grows there
+    taken = np.zeros(shape, bool)  # at first by organs that are hot anyway
     for organ, mirrored, points, radii, hu, (low, high) in ORGANS:
         pairs = list(zip(points, points[1:], strict=False)) or [points * 2]
         uptakes = np.exp(study.uniform(np.log(low), np.log(high), len(pairs)))
@@ -171,9 +214,11 @@ def draw_study(anatomy, study, tumour):
                     mask &= grid[2][..., part] % 21 > 6  # leave the discs
                 ct[..., part][mask], suv[..., part][mask] = hu, uptake
                 if organ.split()[0] in ("brain", "heart", "kidney", "bladder"):
-                    forbidden[..., part] |= mask
-    wanted = study.integers(1, 7) if tumour else 0
-    seg = draw_lesions(study, wanted, origin, step, ct, suv, inner, forbidden)
+                    taken[..., part] |= mask
+    body = origin, step, ct, suv, inner, taken
+    draw_spots(study, study.integers(1, 4), FOCI, *body)
+    draw_spots(study, study.integers(0, 4), FINDINGS, *body)
+    seg = draw_spots(study, study.integers(1, 7) if tumour else 0, LESIONS, *body)
     noise = study.standard_normal((2, *shape), dtype=np.float32)
     ct = np.clip(ndimage.gaussian_filter(ct, 0.35) + 9 * noise[0], -1024, 2000).astype(np.int16)
     suv = ndimage.gaussian_filter(suv + 0.4 * np.sqrt(suv) * noise[1], PSF_SIGMA)
@@ -190,9 +235,10 @@ def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) ->
     Every other patient has lesions, and the first four of these come twice, with new lesions in
     the same anatomy. Each study is root/PETCT_<id>/<study>/{SUV,CTres,SEG}.nii.gz, as draw_study
     gives it. `root`, absent or empty, appears once all is written. `progress` wraps their list.
+    Raises UserError if `root` holds something.
     """
     if root.exists() and any(root.iterdir()):
-        raise FileExistsError(f"{root} is not empty")
+        raise UserError(f"{root}: is not empty. Give another folder.")
     root.parent.mkdir(parents=True, exist_ok=True)
     sweep(root.parent)
     visits = [(p, v) for p in range(patients) for v in ((1, 2) if p in (0, 2, 4, 6) else (1,))]
@@ -200,7 +246,7 @@ def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) ->
     try:
         for patient, visit in progress(visits):
             anatomy = np.random.default_rng([seed, patient])
-            study = np.random.default_rng([seed, patient, visit])
+            study = np.random.default_rng([seed, patient, visit, VERSION])
             month, day, number = study.integers((1, 1, 10000), (13, 29, 100000))
             folder = partial / f"PETCT_{anatomy.integers(16**10):010x}"
             folder /= f"{month:02d}-{day:02d}-{1999 + visit}-NA-PET-CT Ganzkoerper-{number}"
@@ -220,3 +266,21 @@ def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) ->
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def run_command(argv: list[str] | None = None) -> None:
+    """python phantom.py: see the top of the file."""
+    parser = argparse.ArgumentParser(description="Write a simulated PET/CT cohort.")
+    parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--patients", type=int, default=36, help="every other one is ill [36]")
+    parser.add_argument("--seed", type=int, default=0, help="other patients [0]")
+    args = parser.parse_args(argv)
+    if args.patients < 1 or args.seed < 0:
+        raise UserError("--patients is at least 1, --seed at least 0.")
+    write_phantom(
+        args.out, args.patients, args.seed, lambda visits: progress(visits, "simulate", "study")
+    )
+
+
+if __name__ == "__main__":
+    command_line(run_command)

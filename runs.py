@@ -215,8 +215,7 @@ RESTORE = "Restore it, or train anew with another --out"
 
 def saved_config(run: Path) -> Config:
     """The config of a run folder. Raises UserError if it is missing or not one of ours."""
-    take = lambda saved: check(as_config(saved["config"]))  # noqa: E731
-    return read_json(run / "config.json", take, RESTORE)
+    return read_json(run / "config.json", lambda saved: check(as_config(saved["config"])), RESTORE)
 
 
 def saved_splits(run: Path) -> dict[str, list[str]]:
@@ -344,7 +343,7 @@ def result_of(run: Path) -> dict:
 def load_run(run: Path, checkpoint: str, given: dict):
     """Model, config, device and checkpoint of a trained run, with the options `given` in place of
     the run's. checkpoint: "best" or "last". Raises UserError."""
-    weights = load_checkpoint(run / f"{checkpoint}.pt")
+    weights = load_checkpoint(run / f"{checkpoint}.pt", *["val_dice"] * (checkpoint == "best"))
     dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
     weights["val_dice"] = None if math.isnan(dice_then) else dice_then
     config = replace(saved_config(run), **given)

@@ -381,7 +381,7 @@ def runs(base, cases, tmp_path_factory):
     ):  # fmt: skip
         config = resolve(replace(base, **options), "petct", phantom=False)
         (root / name).mkdir()
-        content = {"model": build_model(config).state_dict(), "epoch": 1}
+        content = {"model": build_model(config).state_dict(), "epoch": 1, "val_dice": 0.5}
         save_checkpoint(root / name / "best.pt", content)
         save_config(root / name, config, "cpu")
         splits = {"train": [], "val": [], "test": names[first : first + 3]}

@@ -16,7 +16,7 @@ import torch
 import runs
 from config import Config, as_config, plain, resolve
 from files import UserError, write_json
-from phantom import write_phantom
+from phantom import PHANTOM, write_phantom
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def test_without_data_a_phantom_is_simulated(tmp_path, monkeypatch):
     said = []
     config, cases = runs.open_data(Config(workers=1), said.append)
     assert len(cases) == 3 and config.patch == (48, 48, 48) and config.data is None
-    assert "simulated" in said[0] and Path("data/phantom").is_dir()
+    assert "simulated" in said[0] and PHANTOM.is_dir()
     assert "3 studies of 2 patients, 2 with a lesion" in said[-2]
     assert all(case.meta["spacing"] == [5, 5, 6] for case in cases)
 

@@ -198,7 +198,7 @@ CONTENTS = (
     ("and labels", {"labels": None}), ("and labels", {"labels": {"background": 0, "a": [[1], 2]}}),
     ("--lesion-labels 1 2", {"labels": {"background": 0, "a": 1, "b": 2}}),
     ("expected", {"training": [3]}), ("expected", {"training": [{"label": "a"}]}),
-    ("damaged (JSONDecodeError", "{"), ("expected channel_names", "[1]"),
+    ("damaged", "{"), ("expected channel_names", "[1]"),
 )  # fmt: skip
 
 
