@@ -365,6 +365,17 @@ def as_options(args: argparse.Namespace, names=OPTIONS) -> dict:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
+def read_settings(words: list[str]) -> dict:
+    """Options from words such as spacing=4,4,6. Raises UserError."""
+    parser, line = argparse.ArgumentParser(), []
+    add_flags(parser)
+    for name, _, value in (word.partition("=") for word in words):
+        line += [flag_of(name), *value.split(",")]
+    given = as_options(parser.parse_args(line))
+    settled = check(replace(Config(), **given))
+    return {name: getattr(settled, name) for name in given}
+
+
 # ------------------------------------------------------------------ saved, and compared
 
 

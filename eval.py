@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 import tables
 from baselines import LATE_FUSIONS, LateFusion
 from cache import Case, body_box, preprocess, preprocessing, to_native
-from config import Config, add_flags, as_options
+from config import Config, add_flags, as_options, read_settings
 from data import lend_ct
 from devices import autocast
 from files import UserError, atomic, command_line, progress, write_json
@@ -57,28 +58,58 @@ def dice(pred, mask) -> float:
     return float(2 * np.count_nonzero(pred & mask) / total) if total else math.nan
 
 
+class Regions(NamedTuple):
+    """The 18-connected components of one mask beside another: how many touch it, how many do not,
+    and the voxels of these."""
+
+    touching: int
+    apart: int
+    apart_voxels: int
+
+
+def regions(mask, other) -> Regions:
+    mask, other = binary_pair(mask, other)
+    if not mask.any():
+        return Regions(0, 0, 0)
+    box = tuple(slice(*ends) for ends in body_box(mask, margin=(0, 0, 0)))
+    mask, other = mask[box], other[box]
+    numbers, count = ndimage.label(mask, EIGHTEEN)
+    touched = np.zeros(count + 1, bool)
+    touched[numbers[other]] = True
+    touched[0] = False  # the background
+    sizes = np.bincount(numbers[mask], minlength=count + 1)
+    touching = int(touched.sum())
+    return Regions(touching, count - touching, int(sizes[~touched].sum()))
+
+
+def volume(voxels: int, mask, spacing) -> float:
+    """Voxels in ml; spacing in mm per axis of the mask."""
+    if len(np.atleast_1d(spacing)) != np.ndim(mask):
+        raise ValueError(f"spacing {spacing}: one number per axis of {np.shape(mask)}, in mm")
+    return float(voxels * np.prod(spacing) / 1000)
+
+
 def false_positive_volume(pred, mask, spacing) -> float:
     """FPV in ml: the 18-connected components of pred that touch no voxel of mask.
 
     pred, mask (W, H, D); spacing in mm per axis, in the same order.
     """
-    pred, mask = binary_pair(pred, mask)
-    if len(np.atleast_1d(spacing)) != pred.ndim:
-        raise ValueError(f"spacing {spacing}: one number per axis of {pred.shape}, in mm")
-    if not pred.any():
-        return 0.0
-    box = tuple(slice(*ends) for ends in body_box(pred, margin=(0, 0, 0)))
-    pred, mask = pred[box], mask[box]
-    regions, count = ndimage.label(pred, EIGHTEEN)
-    touched = np.zeros(count + 1, bool)
-    touched[regions[mask]] = True
-    sizes = np.bincount(regions[pred], minlength=count + 1)
-    return float(sizes[~touched].sum() * np.prod(spacing) / 1000)
+    return volume(regions(pred, mask).apart_voxels, pred, spacing)
 
 
 def false_negative_volume(pred, mask, spacing) -> float:
     """FNV in ml: the 18-connected components of mask that touch no voxel of pred."""
-    return false_positive_volume(mask, pred, spacing)
+    return volume(regions(mask, pred).apart_voxels, mask, spacing)
+
+
+def detection(theirs: Regions, ours: Regions) -> dict[str, float]:
+    """Lesions found (they share a voxel with the prediction), missed and falsely found, and their
+    F1, which is NaN for a study that has and finds none; from the regions of mask and prediction.
+    """
+    found, wrong = theirs.touching, theirs.apart + ours.apart
+    f1 = 2 * found / (2 * found + wrong) if found + wrong else math.nan
+    counts = {"lesions_found": found, "lesions_missed": theirs.apart, "lesions_false": ours.apart}
+    return counts | {"lesion_f1": f1}
 
 
 def named_masks(classes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -98,12 +129,14 @@ def score(pred: np.ndarray, truth: np.ndarray, names: tuple[str, ...], spacing) 
         row |= {f"{name}_pred_ml": float(p[name].sum() * ml) for name in p}
         return row | {f"{name}_true_ml": float(g[name].sum() * ml) for name in p}
     [p], [g] = p.values(), g.values()
+    theirs, ours = regions(g, p), regions(p, g)
     return {
         "dice": dice(p, g),
-        "fpv_ml": false_positive_volume(p, g, spacing),
-        "fnv_ml": false_negative_volume(p, g, spacing),
+        "fpv_ml": volume(ours.apart_voxels, p, spacing),
+        "fnv_ml": volume(theirs.apart_voxels, g, spacing),
         "mtv_pred_ml": float(p.sum() * ml),
         "mtv_true_ml": float(g.sum() * ml),
+        **detection(theirs, ours),
     }
 
 
@@ -417,6 +450,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--table", type=int, choices=tables.PAPER_TABLES,
         help="the paper's table, from the runs below RUN",
     )  # fmt: skip
+    parser.add_argument(
+        "--with", dest="given", nargs="+", default=[], metavar="OPTION=VALUE",
+        help="--table of runs with other settings than the defaults, such as spacing=4,4,6",
+    )  # fmt: skip
     parser.add_argument("--late-fusion", choices=LATE_FUSIONS, help="of the two runs, Table 3")
     parser.add_argument(
         "--part", choices=("train", "val", "test", "all"),
@@ -452,7 +489,8 @@ def run_command(argv: list[str] | None = None) -> None:
     if args.predict or "data" in given:
         given = dict.fromkeys(OF_DATA, ()) | given
     if args.table:
-        print(tables.write_paper_table(args.table, args.runs[0], args.out or args.runs[0]))
+        given, out = read_settings(args.given), args.out or args.runs[0]
+        print(tables.write_paper_table(args.table, args.runs[0], out, given))
         return
     if args.predict:
         model, config, device, _ = load_run(args.runs[0], args.checkpoint, given)

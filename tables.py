@@ -16,7 +16,8 @@ import pandas as pd
 from scipy import stats
 
 from cache import THRESHOLD_SUV
-from config import OPTIONS, in_words, key_of, resolve
+from certainty import holm, interval, sign_flip
+from config import OPTIONS, in_words, key_of, reads, resolve
 from files import UserError, atomic, read_json, reading
 from runs import digest, read_trials, saved_config, saved_splits
 
@@ -77,6 +78,7 @@ METRICS = (
     Metric("fpv_ml", "FPV ml", "{}fpv_ml"),
     Metric("fpv_healthy_ml", "healthy FPV ml", "{}fpv_ml", "healthy"),
     Metric("fnv_ml", "FNV ml", "{}fnv_ml", "ill"),
+    Metric("lesion_f1", "lesion F1", "{}lesion_f1"),
     Metric("mtv_pred_ml", "MTV ml", "{}mtv_pred_ml", "ill"),
     Metric("mtv_true_ml", "true MTV ml", "mtv_true_ml", "ill"),
     Metric("tumor_accuracy", "T accuracy", "{}tumor_score", average=accuracy),
@@ -115,7 +117,10 @@ def summarize(rows: list[dict]) -> dict:
             if metric.column.format(prefix) in studies:
                 values = counted(studies, metric, prefix)
                 ill = studies["has_lesion"].astype(bool)[values.index]
-                summary[system][name] = metric.average(values, ill)
+                own = summary[system][name] = metric.average(values, ill)
+                if metric.average is mean and own["n"] > 1:
+                    low, high = interval(values, studies.get("patient", studies.index.to_series()))
+                    own |= {} if math.isnan(low) else {"low": low, "high": high}
     return summary
 
 
@@ -124,15 +129,18 @@ def rule_of(names) -> str:
 
 
 def results_table(systems: dict[str, dict]) -> str:
-    """A row per system, mean and (n) per metric, and the rule for empty masks."""
+    """A column per system; mean, 95 % interval and (n) per metric; and the rule for empty masks."""
     names = dict.fromkeys(name for own in systems.values() for name in own)
     shown = {name: metric.title for name, metric in metrics_of(names).items() if name in names}
 
     def cell(value: dict) -> str:
-        return "-" if value.get("mean") is None else f"{value['mean']:.3f} ({value['n']})"
+        spread = f" [{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else ""
+        return "-" if value.get("mean") is None else f"{value['mean']:.3f}{spread} ({value['n']})"
 
-    rows = [[system, *(cell(own.get(n, {})) for n in shown)] for system, own in systems.items()]
-    return f"{aligned([['', *shown.values()], *rows])}\n{rule_of(names)}"
+    rows = [
+        [title, *(cell(own.get(n, {})) for own in systems.values())] for n, title in shown.items()
+    ]
+    return f"{aligned([['', *systems], *rows])}\n{rule_of(names)}"
 
 
 def rows_of(name: str, summary: dict) -> dict[str, dict]:
@@ -365,15 +373,24 @@ PAPER_TABLES = {
 }  # fmt: skip
 
 
+BUDGET = ("epochs", "steps", "crops", "batch_size")  # one for all rows of a table
+DEFINITIONS = (
+    "here: Dice in % over studies with a lesion, volumes in ml, on the studies' own grids; the "
+    "paper gives neither its rule for empty masks nor a plausible unit. In brackets 95 % intervals "
+    "by bootstrap over patients; p by flips of the signs of patients' mean differences, with "
+    "Holm's correction within a metric."
+)
+
+
 def finished_runs(number: int, root: Path) -> pd.DataFrame:
-    """Runs below `root` that Table `number` lists and that have test results, newest last: their
-    run, system, config and studies.
+    """Runs below `root` that Table `number` lists and that have test results: their run, system,
+    config and studies.
 
     Only what train.py and --late-fusion write counts, not other evaluations of a run; trials of a
     search count if `root` is its folder. A system is "<version>", with " own" for --recipe own.
     """
     (kind, *_, listed), rows = PAPER_TABLES[number], []
-    for file in sorted(root.glob("**/test_studies.csv"), key=lambda path: path.stat().st_mtime):
+    for file in sorted(root.glob("**/test_studies.csv")):
         run = file.parent
         elsewhere = (run / "trial.json").exists() and run.parent != root
         if elsewhere or not (run / "config.json").exists():
@@ -396,67 +413,125 @@ def tested_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
         return studies.astype({metric.column.format(""): float for metric in metrics})
 
 
-def figures(metric: Metric, studies: pd.DataFrame, reference: pd.DataFrame | None):
+def asked_for(runs: pd.DataFrame, given: dict) -> tuple[list[tuple[str, pd.DataFrame]], list[str]]:
+    """Which runs a table of the paper holds: those with the defaults of their system and data, but
+    for what is `given` for all rows, and for the budget. A group for each kind of data and budget,
+    with what tells it in words; and of each other run, what parts it from these."""
+    groups, others, apart = {}, [], ("data", *BUDGET)
+    for run in runs.itertuples():
+        key, used = key_of(run.config), reads(run.config, run.config.kind)
+        wanted = {name: value for name, value in given.items() if used[name]}
+        group = tuple(key.pop(name, None) for name in apart)
+        wrong = [n for n in wanted if getattr(run.config, n) != wanted[n]]
+        wrong += [name for name in key if name not in wanted]
+        if wrong:
+            words = ", ".join(f"{n} {in_words(getattr(run.config, n))}" for n in sorted(wrong))
+            others.append(f"{run.run}: {words}")
+        else:
+            groups.setdefault(group, []).append(run.Index)
+    parting = [i for i in range(len(apart)) if len({group[i] for group in groups}) > 1]
+    found = []
+    for group in sorted(groups, key=lambda group: (len(group) - group.count(None), str(group))):
+        about = ", ".join(f"{apart[i]} {in_words(group[i])}" for i in parting)
+        found.append((about, runs.loc[groups[group]]))
+    return found, others
+
+
+def pool(runs: pd.DataFrame, metrics: list[Metric]) -> tuple[pd.DataFrame, str]:
+    """The test studies of runs that differ in seed and fold alone: a study's seeds are averaged,
+    the studies of several folds stand together. And how many they are, in words."""
+    everything = pd.concat([tested_studies(run, metrics) for run in runs["run"]])
+    if "patient" not in everything:
+        everything["patient"] = everything.index
+    how = dict.fromkeys(everything, "mean") | {"has_lesion": "first", "patient": "first"}
+    studies = everything.groupby(level="study").agg(how)
+    seeds, folds = (len({getattr(c, n) for c in runs["config"]}) for n in ("seed", "fold"))
+    count = f"{len(studies)} studies, {studies['patient'].nunique()} patients"
+    return studies, f"{seeds} seeds × {folds} folds, {count}"
+
+
+def figures(metric: Metric, studies: pd.DataFrame, reference: pd.DataFrame | None) -> dict:
     """Ours for a system and a metric: the mean over the test studies (Dice in %, volumes in ml) as
-    in summarize, its 95 % bootstrap interval, and how many they are; for Dice the p of Wilcoxon's
-    signed-rank test, NaN if all are equal, on the p_n studies that the reference has too. And as
-    text."""
-    dice, low, high = metric.name.startswith("dice"), math.nan, math.nan
-    values = counted(studies, metric) * (100 if dice else 1)
-    middle, n = values.mean(), len(values)
-    if n > 1:
-        drawn = dict(n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-        low, high = stats.bootstrap((values,), np.mean, **drawn).confidence_interval
-    found = {"": middle, "_low": low, "_high": high, "_n": n}
-    if dice and reference is not None and reference is not studies:
-        gain = (counted(reference, metric) * 100 - values).dropna()  # by the studies' names
-        found |= {"_p": stats.wilcoxon(gain).pvalue if gain.any() else math.nan, "_p_n": len(gain)}
-    spread = f" [{low:.1f}-{high:.1f}]" if n > 1 else ""
-    return found, f"{middle:.2f}{spread} n={n}" if n else "-"
+    in summarize, its 95 % interval, and how many they are; the difference from the reference on
+    the studies that both have, its interval and the p of sign_flip."""
+    scale = 100 if metric.name.startswith("dice") else 1
+    values = counted(studies, metric) * scale
+    low, high = interval(values, studies["patient"])
+    found = {"": values.mean(), "_low": low, "_high": high, "_n": len(values)}
+    if reference is not None and reference is not studies:
+        gain = (values - counted(reference, metric) * scale).dropna()  # by the studies' names
+        low, high = interval(gain, studies["patient"])
+        found |= {"_gain": gain.mean(), "_gain_low": low, "_gain_high": high, "_gain_n": len(gain)}
+        found["_p"] = sign_flip(gain, studies["patient"])
+    return found
 
 
 def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The paper's figures beside ours, of a system's runs the newest: a row per system in the
-    paper's order, also if it was not run, then own recipes. And as Markdown, with notes."""
+    """The paper's figures beside ours: a row per system in the paper's order, also if it was not
+    run, then own recipes. And as Markdown, with notes."""
     _, names, reference, listed = PAPER_TABLES[number]
-    newest = dict(zip(runs["system"], runs["run"], strict=True))
     own = [(f"{name} own", f"{title}, own recipe", *[math.nan] * 3) for name, title, *_ in listed]
-    listed = [*listed, *(row for row in own if row[0] in newest)]
+    listed = [*listed, *(row for row in own if row[0] in {*runs["system"]})]
     metrics = [metrics_of(names)[name] for name in names]
-    tested = {n: tested_studies(newest[n], metrics) for n, *_ in listed if n in newest}
-    heading = [f"{metric.title} {who}" for metric in metrics for who in ("paper", "here")]
-    rows, text = [], [["Method", *heading]]
+    pooled = {name: pool(part, metrics) for name, part in runs.groupby("system")}
+    tested = {name: studies for name, (studies, _) in pooled.items()}
+    rows = []
     for name, title, *published in listed:
-        rows.append({"system": name, "title": title, "run": str(newest.get(name, ""))})
-        text.append([title])
+        rows.append({"system": name, "title": title, "runs": pooled.get(name, ("", ""))[1]})
         for metric, figure in zip(metrics, published, strict=True):
-            ours, words = {}, "not run"
+            rows[-1][f"{metric.name}_paper"] = figure
             if name in tested:
-                ours, words = figures(metric, tested[name], tested.get(reference))
-            own = {metric.name + key: value for key, value in ours.items()}
-            rows[-1] |= {f"{metric.name}_paper": figure} | own
-            text[-1] += ["-" if math.isnan(figure) else f"{figure:.2f}", words]
-    missing = ", ".join(name for name, *_ in listed if name not in tested)
-    notes = [f"not run: {missing}"] if missing else []
-    counts = runs["system"].value_counts(sort=False)
-    notes += [f"{n}: {counts[n]} runs, the newest is {newest[n]}" for n in tested if counts[n] > 1]
+                ours = figures(metric, tested[name], tested.get(reference))
+                rows[-1] |= {metric.name + key: value for key, value in ours.items()}
+    table = pd.DataFrame(rows)
+    for metric in metrics:
+        if f"{metric.name}_p" in table:
+            table[f"{metric.name}_p"] = holm(list(table[f"{metric.name}_p"]))
+    notes = [DEFINITIONS]
+    if missing := [name for name, *_ in listed if name not in tested]:
+        notes.append(f"not run: {', '.join(missing)}")
     if len({frozenset(studies.index) for studies in tested.values()}) > 1:
         notes.append("These runs were tested on different studies: their rows are not comparable.")
-    return pd.DataFrame(rows), "\n\n".join([aligned(text, markdown=True), *notes])
+    return table, "\n\n".join([aligned(as_text(table, metrics, reference), markdown=True), *notes])
 
 
-def paper_table(number: int, root: Path) -> list[tuple[str, pd.DataFrame, str]]:
-    """Table `number` of the paper from the runs below `root`, as beside_paper, for each group of
-    comparable runs; and before it, in words, what parts the group from the others."""
+def as_text(table: pd.DataFrame, metrics: list[Metric], reference: str) -> list[list[str]]:
+    """The cells of a table of the paper, its heading first."""
+
+    def number(row: dict, name: str, form: str) -> str:
+        value, low, high = (row.get(name + end, math.nan) for end in ("", "_low", "_high"))
+        spread = "" if pd.isna(low) else f" [{low:{form}}, {high:{form}}]"
+        return "-" if pd.isna(value) else f"{value:{form}}{spread}"
+
+    parts = ("paper", "here", f"minus {reference}", "p")
+    text = [["Method", *(f"{metric.title} {part}" for metric in metrics for part in parts), "runs"]]
+    for row in table.to_dict("records"):
+        text.append([row["title"]])
+        for name in (metric.name for metric in metrics):
+            text[-1].append(number(row, f"{name}_paper", ".2f"))
+            text[-1].append(number(row, name, ".2f") if row["runs"] else "not run")
+            text[-1] += [number(row, f"{name}_gain", "+.2f"), number(row, f"{name}_p", ".3f")]
+        text[-1].append(row["runs"])
+    return text
+
+
+def paper_table(
+    number: int, root: Path, given=()
+) -> tuple[list[tuple[str, pd.DataFrame, str]], list]:
+    """Table `number` of the paper from the runs below `root`, as beside_paper, for each budget and
+    kind of data, which stands before it in words; and the runs that stand in none of them."""
     runs = finished_runs(number, root)
-    groups = comparable(runs, {"version", "recipe"}) or [("", runs)]
-    return [(about, *beside_paper(number, part)) for about, part in groups]
+    groups, others = asked_for(runs, dict(given))
+    return [(about, *beside_paper(number, part)) for about, part in groups or [("", runs)]], others
 
 
-def write_paper_table(number: int, root: Path, out: Path) -> str:
+def write_paper_table(number: int, root: Path, out: Path, given=()) -> str:
     """Write table<number>.csv, with all groups, and .md; the Markdown, which also reads as text."""
-    found = paper_table(number, root)
-    text = "\n\n".join(f"**{about}**\n\n{text}" if about else text for about, _, text in found)
+    found, others = paper_table(number, root, given)
+    texts = [f"**{about}**\n\n{text}" if about else text for about, _, text in found]
+    if others:
+        texts.append("\n\n".join(["Other settings, in no row (see --with):", *others]))
+    text = "\n\n".join(texts)
     everything = pd.concat([table.assign(about=about) for about, table, _ in found])
     out.mkdir(parents=True, exist_ok=True)
     for suffix, content in (("csv", everything.to_csv(index=False)), ("md", f"{text}\n")):

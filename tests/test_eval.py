@@ -60,6 +60,20 @@ def test_worked_values_of_the_challenge(truth, pred, dice, fpv, fnv):
     assert evaluation.false_negative_volume(pred, truth, spacing) == pytest.approx(fnv)
 
 
+def test_lesions_are_counted_by_their_components():
+    """Of three lesions, two touching in a corner only, one is found by two parts of the mask; one
+    part is false."""
+    truth, pred = np.zeros((2, 12, 12, 12), np.uint8)
+    truth[1:3, 1:3, 1:3] = truth[3:5, 3:5, 3:5] = truth[8, 1:9, 8] = 1
+    pred[8, 1, 8] = pred[8, 6, 8] = pred[0, 11, 11] = 1
+    row = evaluation.score(pred, truth, ("lesion",), (1, 1, 1))
+    counts = {name: row[f"lesions_{name}"] for name in ("found", "missed", "false")}
+    assert counts == {"found": 1, "missed": 2, "false": 1}
+    assert row["lesion_f1"] == pytest.approx(2 / 5)
+    assert math.isnan(evaluation.score(0 * pred, 0 * truth, ("lesion",), (1, 1, 1))["lesion_f1"])
+    assert evaluation.score(0 * pred, truth, ("lesion",), (1, 1, 1))["lesion_f1"] == 0
+
+
 def test_masks_on_other_grids_are_refused():
     cube = np.ones((4, 4, 4))
     for shape in ((4, 4, 1), (4, 4), (4, 4, 5)):

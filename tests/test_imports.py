@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     *("mirror_unet", "losses", "baselines", "files", "checks", "studies"),
-    *("phantom", "cache", "splits", "data", "config"),
+    *("phantom", "cache", "splits", "data", "config", "certainty"),
     *("devices", "runs", "tables", "eval", "plots", "console", "train", "tune", "bench"),
 ]
 WITHOUT_TORCH = {"files", "checks", "studies", "phantom", "cache", "splits"}

@@ -58,10 +58,12 @@ def test_means_say_how_many_studies_they_hold():
     assert threshold["fpv_healthy_ml"]["mean"] == 8 and threshold["mtv_true_ml"]["mean"] == 10
     assert [*summary] == ["model", "SUV ≥ 4 threshold"] and "tumor_auc" not in threshold
     lines = tables.results_table(tables.rows_of("mine", summary)).splitlines()
-    assert lines[0].startswith("   ") and "healthy FPV ml" in lines[0]
-    assert lines[1].startswith("mine") and "0.267 (3)" in lines[1] and "2.400 (5)" in lines[1]
-    assert lines[2].startswith("SUV ≥ 4 threshold") and lines[2].endswith("-")
-    assert "studies with a lesion" in lines[3] and len(lines) == 4
+    assert lines[0].split() == ["mine", "SUV", "≥", "4", "threshold"]
+    cells = [re.split("  +", line) for line in lines[1:]]
+    assert cells[0] == ["Dice", "0.267 [0.000, 0.600] (3)", "0.533 [0.000, 1.200] (3)"]
+    assert cells[1][0] == "FPV ml" and cells[1][1].startswith("2.400 [")
+    assert cells[6] == ["T accuracy", "0.800 (5)", "-"]
+    assert "studies with a lesion" in lines[9] and len(lines) == 10
     ill, healthy = (tables.summarize(rows)["model"] for rows in (ROWS[:1], ROWS[3:]))
     assert ill["fpv_healthy_ml"] == {"mean": None, "std": None, "n": 0}
     assert ill["dice"] == {"mean": 0.2, "std": None, "n": 1}
@@ -75,7 +77,8 @@ def test_mri_leaves_out_classes_that_nobody_has():
     model = tables.summarize([row | {"has_lesion": True} for row in rows])["model"]
     assert [(v["mean"], v["n"]) for v in model.values()] == [(0.75, 2), (0.5, 2), (0.0, 1)]
     lines = tables.results_table({"mine": model}).splitlines()
-    assert lines[0].split() == ["whole", "edema", "core"] and "core ∪ edema" in lines[2]
+    assert [line.split()[0] for line in lines[1:4]] == ["whole", "edema", "core"]
+    assert "core ∪ edema" in lines[4]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +300,7 @@ def test_the_papers_table_beside_ours(tmp_path):
     assert titles[0] == "Method" and titles[2:6] == ["CT", "PET", "EF", "MF"] and len(titles) == 13
     assert "not run: pet, early_fusion, middle_fusion, late_fusion_logits, " in text
     assert text.count("not run") == 3 * 8 + 1 and "different studies" not in text
+    assert text.count("neither its rule") == 1
     table = pd.read_csv(tmp_path / "out" / "table3.csv").set_index("system")
     assert table.loc["pet", "dice_paper"] == 60.99 and np.isnan(table.loc["pet", "dice"])
     own = table.loc["ct"]
@@ -304,50 +308,75 @@ def test_the_papers_table_beside_ours(tmp_path):
         assert own[metric] == pytest.approx(scale * means[metric]["mean"])
         assert own[f"{metric}_n"] == means[metric]["n"] == (6 if metric == "fpv_ml" else 4)
         assert own[f"{metric}_low"] < own[metric] < own[f"{metric}_high"]
-    # all four differences have one sign: p of the exact test is 2 / 2^4
-    assert own["dice_p"] == pytest.approx(2 / 16) and own["dice_p_n"] == 4
-    assert table["dice_p_n"].notna().sum() == 2 and table.loc["late_fusion_union", "dice"] == 15
+    # Study i: i/10 + (1 + i)/100 against i/10 + (1 + i)/10, four ill ones. All differences have one
+    # sign: p of the exact test is 2 / 2^4, and twice that by Holm, since two rows were tested.
+    assert own["dice_gain"] == pytest.approx(-100 * 0.09 * 2.5) and own["dice_gain_n"] == 4
+    assert own["dice_p"] == pytest.approx(2 * 2 / 16)
+    assert own["dice_gain_low"] < own["dice_gain"] < own["dice_gain_high"] < 0
+    assert table["dice_gain"].notna().sum() == 2 and table.loc["late_fusion_union", "dice"] == 15
     assert tables.write_paper_table(3, tmp_path, tmp_path / "out") == text  # no other draws
 
 
-def test_the_papers_table_keeps_runs_apart(tmp_path):
+FABRICATED = dict(shared=(3,), bottleneck="joint", phi="none", lambda_cls=0.0)
+
+
+def test_a_row_holds_the_runs_of_its_system_with_its_defaults(tmp_path):
     make_run(tmp_path, "v3", version="v3")
-    make_run(tmp_path, "z, older", 0.1, version="v3", seed=1, age=9)
-    make_run(tmp_path, "mri", version="v2", kind="mri")
+    make_run(tmp_path, "fabricated", 0.5, version="v3", **FABRICATED)
+    make_run(tmp_path, "ct alone", 0.5, version="v3", modality="ct")
+    make_run(tmp_path, "fast", 0.5, version="nnunet", lr=0.1)
     make_run(tmp_path, "own", version="nnunet", recipe="own", studies="abcde")
-    make_run(tmp_path, "ct alone", version="v3", modality="ct", age=9)
-    make_run(tmp_path, "fast", 0.1, version="nnunet", lr=0.1)
+    make_run(tmp_path, "mri", version="v2", kind="mri")
     make_run(tmp_path, "of another table", version="v1", lr=0.2)
     make_run(tmp_path, "search/trial", version="v4")
     write_json(tmp_path / "search" / "trial" / "trial.json", {})
     make_run(tmp_path, "of a system that is gone", version="nnunet")
     foreign = tmp_path / "of a system that is gone" / "config.json"
     foreign.write_text(foreign.read_text().replace("nnunet", "blackbean_released"))
-    found = tables.paper_table(4, tmp_path)
-    rows = [table[table["run"] != ""].set_index("system")["run"] for _, table, _ in found]
-    assert [runs.map(lambda run: Path(run).name).to_dict() for runs in rows] == [
-        {"v3": "v3", "nnunet own": "own"}, {"v3": "ct alone"}, {"nnunet": "fast"},
-    ]  # fmt: skip
-    assert [about for about, *_ in found][1:] == ["modality ct, lr 0.001", "modality both, lr 0.1"]
-    assert f"v3: 2 runs, the newest is {tmp_path / 'v3'}" in found[0][2]
-    assert "tested on different studies" in found[0][2] and "nnUNet, own recipe" in found[0][2]
-    assert "2 runs" not in found[1][2] and "different studies" not in found[1][2]
-    text = tables.write_paper_table(4, tmp_path, tmp_path)
-    abouts = pd.read_csv(tmp_path / "table4.csv")["about"]
-    assert abouts.nunique() == 3 and all(f"**{about}**\n" in text for about in abouts)
-    [(about, table, _)] = tables.paper_table(4, tmp_path / "search")  # its own folder
+    ([(about, table, text)], others), root = tables.paper_table(4, tmp_path), tmp_path
+    filled = table[table["runs"] != ""].set_index("system")
+    assert about == "" and [*filled.index] == ["v3", "nnunet own"]
+    assert filled.loc["v3", "dice"] == 15 and "nnUNet, own recipe" in text
+    assert "tested on different studies" in text
+    assert others == [
+        f"{root / 'ct alone'}: modality ct",
+        f"{root / 'fabricated'}: bottleneck joint, lambda_cls 0, phi none, shared 3",
+        f"{root / 'fast'}: lr 0.1",
+    ]
+    assert all(other in tables.write_paper_table(4, root, root) for other in others)
+    ([(_, table, _)], others) = tables.paper_table(4, tmp_path, FABRICATED)
+    filled = table[table["runs"] != ""].set_index("system")
+    assert filled.loc["v3", "dice"] == pytest.approx(15 + 50 * 2.5)
+    assert f"{root / 'v3'}: bottleneck own, lambda_cls 0.001, phi shuffle, shared 5" in others
+    [(about, table, _)], _ = tables.paper_table(4, tmp_path / "search")  # its own folder
     assert about == "" and table.set_index("system").loc["v4", "dice"] == 15
 
 
+def test_seeds_are_averaged_and_folds_pooled(tmp_path):
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        make_run(tmp_path, f"a{seed}", shift, version="v3", seed=seed)
+        make_run(tmp_path, f"b{seed}", shift, version="v3", seed=seed, fold=1, studies="ghijkl")
+    make_run(tmp_path, "quick", 0.5, version="v3", steps=3)
+    found, others = tables.paper_table(4, tmp_path)
+    assert [about for about, *_ in found] == ["steps default", "steps 3"] and others == []
+    row = found[0][1].set_index("system").loc["v3"]
+    assert row["runs"] == "2 seeds × 2 folds, 12 studies, 12 patients" and row["dice_n"] == 8
+    # Study i of four: i/10, and in the other seed (1 + i)/10 more.
+    assert row["dice"] == pytest.approx(100 * (0.15 + 0.25 / 2))
+    runs = tables.finished_runs(4, tmp_path)
+    studies, _ = tables.pool(runs.iloc[[0, 1]], [])
+    assert studies.loc["c", "dice"] == pytest.approx(0.2 + 0.3 / 2) and len(studies) == 6
+
+
 def test_table_5_and_a_folder_without_runs(tmp_path):
-    [(_, table, text)] = tables.paper_table(5, tmp_path)
-    assert not table["run"].any() and "not run: v1, v2-rec, nnunet, segresnet, v2" in text
+    [(_, table, text)], _ = tables.paper_table(5, tmp_path)
+    assert not table["runs"].any() and "not run: v1, v2-rec, nnunet, segresnet, v2" in text
     make_run(tmp_path, "v2", kind="mri", version="v2")
     make_run(tmp_path, "v1", 0.1, kind="mri", version="v1", studies="a")
-    [(_, table, text)] = tables.paper_table(5, tmp_path)
+    [(_, table, text)], _ = tables.paper_table(5, tmp_path)
     v1, v2 = (table.set_index("system").loc[name] for name in ("v1", "v2"))
     assert v2["dice_edema"] == pytest.approx(25) and np.isnan(v2["dice_core_p"])
-    assert v1["dice_core_p_n"] == 1 and np.isnan(v1["dice_core_low"]) and "10.00 n=1 " in text
+    assert v1["dice_core_gain_n"] == 1 and np.isnan(v1["dice_core_low"]) and " 10.00 " in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""How sure a mean or a difference is: patients are drawn, not studies, since patients repeat."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+DRAWS = 2000  # of a bootstrap
+FLIPS = 10_000  # of a permutation test with more patients than can be gone through
+
+
+def interval(values: pd.Series, patients: pd.Series, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the mean over studies, by drawing patients with all their studies.
+
+    values, patients: by study. NaN, NaN for fewer than two patients.
+    """
+    own = values.groupby(patients.loc[values.index])
+    sums, counts = own.sum().to_numpy(), own.count().to_numpy()
+    if len(sums) < 2:
+        return math.nan, math.nan
+    drawn = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def sign_flip(differences: pd.Series, patients: pd.Series) -> float:
+    """p of the hypothesis that a difference is as likely as its negative, two-sided: the share of
+    all flips of signs (of FLIPS drawn ones, if there are more) whose mean is as far from 0.
+
+    differences, patients: by study; a patient counts once, by the mean of its studies.
+    """
+    own = differences.groupby(patients.loc[differences.index]).mean().to_numpy()
+    if not own.any():
+        return math.nan
+    if 2 ** len(own) <= FLIPS:
+        signs = np.array(list(product((1, -1), repeat=len(own))))
+        far = np.abs(signs @ own) >= np.abs(own.sum()) * (1 - 1e-12)
+        return float(far.mean())
+    signs = np.random.default_rng(0).choice((1.0, -1.0), size=(FLIPS, len(own)))
+    far = np.abs(signs @ own) >= np.abs(own.sum()) * (1 - 1e-12)
+    return float((1 + far.sum()) / (1 + FLIPS))  # the signs as they are count as one
+
+
+def holm(values: list[float]) -> list[float]:
+    """p values corrected for their number by Holm's steps; NaN stays and does not count."""
+    order = sorted((p, i) for i, p in enumerate(values) if not math.isnan(p))
+    corrected, highest = [math.nan] * len(values), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p))
+        corrected[i] = highest
+    return corrected
