@@ -12,19 +12,22 @@ DRAWS = 2000  # of a bootstrap
 FLIPS = 10_000  # of a permutation test with more patients than can be gone through
 
 
-def interval(values: pd.Series, patients: pd.Series, level: float = 0.95) -> tuple[float, float]:
+def interval(values, patients: pd.Series, level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the mean over studies, by drawing patients with all their studies.
 
-    values, patients: by study. NaN, NaN for fewer than two patients.
+    values: by study, a Series, or a DataFrame with a column for each seed, which are drawn too.
+    patients: by study. NaN, NaN for fewer than two patients.
     """
-    own = values.groupby(patients.loc[values.index])
-    sums, counts = own.sum().to_numpy(), own.count().to_numpy()
-    if len(sums) < 2:
+    own = pd.DataFrame(values).groupby(patients.loc[values.index])
+    sums, counts = own.sum().to_numpy(), own.count().to_numpy()  # (patients, seeds)
+    rng, (people, seeds) = np.random.default_rng(0), sums.shape
+    if people < 2:
         return math.nan, math.nan
-    drawn = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    drawn = rng.integers(people, size=(DRAWS, people))
+    again = rng.integers(seeds, size=(DRAWS, seeds))
+    total, number = (np.take_along_axis(a[drawn].sum(1), again, 1).sum(1) for a in (sums, counts))
     tail = (1 - level) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
+    low, high = np.nanquantile(total / np.maximum(number, 1), (tail, 1 - tail))
     return float(low), float(high)
 
 

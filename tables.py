@@ -17,7 +17,7 @@ from scipy import stats
 
 from cache import THRESHOLD_SUV
 from certainty import holm, interval, sign_flip
-from config import OPTIONS, in_words, key_of, reads, resolve
+from config import OPTIONS, Config, in_words, key_of, reads, resolve
 from files import UserError, atomic, read_json, reading
 from runs import digest, read_trials, saved_config, saved_splits
 
@@ -309,7 +309,11 @@ def report(folder: Path) -> str:
             if part["dice"].notna().any():
                 parts.append(text(part, about))
                 shown |= set(part.index)
-    free = np.array(["free" in searches.split() for searches in trials["search"]])
+    asked = trials["search"].map(str.split)
+    if asked.map(lambda searches: "claims" in searches).any():
+        parts.append(claims_text(trials.assign(run=[folder / name for name in trials["trial"]])))
+        shown |= {*trials.index[asked.map(lambda searches: "claims" in searches)]}
+    free = np.array(["free" in searches for searches in asked])
     other = (trials["status"] == "done") & ~trials.index.isin(shown) & ~free
     if free.any():
         parts.append(f"Best validation Dice of --search free\n{listing(trials[free], most=10)}")
@@ -330,6 +334,130 @@ def listing(trials: pd.DataFrame, most: int | None = None) -> str:
 
     heading = [*best.rename(columns={"dice": "test Dice in %"})]
     return aligned([heading, *([cell(v) for v in row] for row in best.to_numpy(object))])
+
+
+# ------------------------------------------------------------------ the claims of Sec. 4
+
+ARMS = {  # what --search claims trains, each with the defaults but for this
+    "v1": {"version": "v1"},
+    "v2": {"version": "v2"},
+    "v3": {"version": "v3"},
+    "v4": {"version": "v4"},
+    "v3 without Φ": {"version": "v3", "phi": "none"},
+    "PET": {"version": "pet"},
+    "early fusion": {"version": "early_fusion"},
+    "v3 joint": {"version": "v3", "bottleneck": "joint"},
+    "v3 mean": {"version": "v3", "bottleneck": "mean"},
+    "v1, another's CT": {"version": "v1", "ct": "other"},
+    "v1, nothing shared": {"version": "v1", "shared": ()},
+    "v1, no reconstruction": {"version": "v1", "lambda_rec": 0.0},
+}
+MORE_ARMS = {  # and with --samples all
+    "v3, noise": {"version": "v3", "phi": "noise"},
+    "v1 without Φ": {"version": "v1", "phi": "none"},
+    "v2 without Φ": {"version": "v2", "phi": "none"},
+    "v3, L={3}": {"version": "v3", "shared": (3,)},
+    "v3, L={3,4,5,6,7}": {"version": "v3", "shared": (3, 4, 5, 6, 7)},
+    "CT": {"version": "ct"},
+    "middle fusion": {"version": "middle_fusion"},
+    "v3, CT alone": {"version": "v3_ct_only"},
+    "v3, PET alone": {"version": "v3_pet_only"},
+    "v3, another's CT": {"version": "v3", "ct": "other"},
+}
+CLAIMS = (  # an arm minus another one, a metric, and the difference in the paper
+    ("v2", "v1", "dice", 0.93),
+    ("v3", "v2", "dice", 0.41),
+    ("v3", "v4", "dice", 1.67),
+    ("v3", "v3 without Φ", "dice", 3.13),
+    ("v3", "PET", "dice", 4.92),
+    ("v3", "early fusion", "dice", 11.02),
+    ("PET", "early fusion", "dice", 6.10),
+    ("v3", "v2", "fpv_ml", -1.28),
+    ("v3", "v2", "fpv_healthy_ml", math.nan),
+    ("v3 joint", "v3", "dice", math.nan),
+    ("v3 mean", "v3", "dice", math.nan),
+    ("v3 mean", "early fusion", "dice", math.nan),
+    ("v1", "v1, another's CT", "dice", math.nan),  # controls: is CT the cause, or sharing it?
+    ("v1", "v1, nothing shared", "dice", math.nan),
+    ("v1", "v1, no reconstruction", "dice", math.nan),
+)
+
+
+def arm_of(config: Config) -> str | None:
+    """Which of the arms a trial is."""
+    arms = ARMS | MORE_ARMS
+    names = {name for options in arms.values() for name in options}
+    for title, options in arms.items():
+        if options["version"] == config.version:
+            arm = resolve(Config(**options), config.kind, config.data is None)
+            if all(getattr(arm, name) == getattr(config, name) for name in names):
+                return title
+    return None
+
+
+def verdict(low: float, high: float, by_seed: list[float], paper: float) -> str:
+    """The one rule: decided only if the interval excludes 0 and all of at least three seeds agree;
+    supported if in the direction of the paper or, without a figure of it, which of both is ahead.
+    """
+    signs = {math.copysign(1, gain) for gain in by_seed}
+    if not (low > 0 or high < 0) or len(by_seed) < 3 or len(signs) > 1:
+        return "not decided"
+    if math.isnan(paper):
+        return "higher" if low > 0 else "lower"
+    return "supported" if (low > 0) == (paper > 0) else "contradicted"
+
+
+def gains(trials: pd.DataFrame, plus: str, minus: str, metric: Metric) -> tuple:
+    """Differences of two arms by study, a column per seed, in % or ml, and the studies' patients;
+    of the seeds and folds that both have."""
+    scale, sides, patients = 100 if metric.name == "dice" else 1, [], {}
+    for arm in (plus, minus):
+        columns = {}
+        for trial in trials[trials["arm"] == arm].itertuples():
+            studies = tested_studies(trial.run, [metric])
+            columns.setdefault(trial.config.seed, []).append(scale * counted(studies, metric))
+            patients |= studies.get("patient", studies.index.to_series()).to_dict()
+        sides.append(pd.DataFrame({seed: pd.concat(own) for seed, own in columns.items()}))
+    difference = (sides[0] - sides[1]).dropna(axis=0, how="all").dropna(axis=1, how="all")
+    return difference, pd.Series(patients, dtype=object)
+
+
+def claims(trials: pd.DataFrame) -> pd.DataFrame:
+    """A row per row of CLAIMS from the finished trials: what it says, the paper's difference, ours
+    with its interval at the level 1 - 0.05/m of m claims, seeds that agree, patients, verdict."""
+    done = trials[(trials["status"] == "done") & trials["config"].notna()]
+    done = done.assign(arm=done["config"].map(arm_of))
+    rows, level = [], 1 - 0.05 / len(CLAIMS)
+    for plus, minus, name, paper in CLAIMS:
+        metric = metrics_of(())[name]
+        row = {"claim": f"{plus} - {minus}, {metric.title}", "paper": paper}
+        difference, patients = gains(done, plus, minus, metric)
+        if difference.empty:
+            rows.append(row | {"verdict": "not run"})
+            continue
+        by_seed, (low, high) = difference.mean(), interval(difference, patients, level)
+        here = float(difference.stack().mean())
+        agree = int((np.sign(by_seed) == math.copysign(1, here)).sum())
+        rows.append(row | {
+            "here": here, "low": low, "high": high, "seeds": f"{agree} of {len(by_seed)}",
+            "patients": patients[difference.index].nunique(),
+            "verdict": verdict(low, high, list(by_seed), paper),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def claims_text(trials: pd.DataFrame) -> str:
+    """The claims as a table, in the order of CLAIMS."""
+    level = f"{100 * (1 - 0.05 / len(CLAIMS)):.1f} %"
+    text = [["claim", "paper", f"here ({level})", "seeds", "patients", "verdict"]]
+    for row in claims(trials).to_dict("records"):
+        paper = "–" if math.isnan(row["paper"]) else f"{row['paper']:+.2f}"
+        ours = [""] * 3
+        if row["verdict"] != "not run":
+            ours = [f"{row['here']:+.1f} [{row['low']:.1f}, {row['high']:.1f}]", row["seeds"]]
+            ours.append(str(int(row["patients"])))
+        text.append([row["claim"], paper, *ours, row["verdict"]])
+    return f"Claims of Sec. 4: Dice in %, volumes in ml\n{aligned(text)}"
 
 
 # ------------------------------------------------------------------ Tables 3-5

@@ -27,11 +27,11 @@ import config as options
 import runs
 from config import Config, plain
 from devices import choose_device
-from files import UserError, command_line, write_json
+from files import UserError, command_line, read_json, write_json
 from mirror_unet import VARIANTS
 from runs import ENDED, Busy, look, only_writer, read_metrics
 from studies import find_studies
-from tables import SHARED, report
+from tables import ARMS, MORE_ARMS, SHARED, report
 from train import train
 
 # ------------------------------------------------------------------ what a search varies
@@ -49,6 +49,9 @@ SPACES = {
     "theta": [dict(version=["v4"], theta=THETAS, shared=SHARED)],
 }
 SPACES["table2"] = SPACES["layers"] + SPACES["theta"]
+SPACES["claims"] = [{name: [value] for name, value in arm.items()} for arm in ARMS.values()]
+MORE = {"claims": [{name: [value] for name, value in arm.items()} for arm in MORE_ARMS.values()]}
+SEEDS = {"claims": [0, 1, 2]}  # by default; of the other searches 0, and fold 0
 
 # --search free draws one of a list, each of a range with probability 1/2, or a number between two
 # (its logarithm is uniform); an option that the drawn version does not read is left out.
@@ -64,18 +67,19 @@ FIRST_JUDGED, REDUCTION = 1 / 3, 3
 WORDS = {"phi": "", "theta": "theta", "lambda_rec": "rec", "lambda_cls": "cls"}
 
 
-def settings(search: str, given: dict, seeds: list[int], samples: int, kind: str) -> list[dict]:
+def settings(search: str, given: dict, seeds: list[int], folds: list[int], samples, kind: str):
     """The options of each trial; one in `given` holds for all, in place of the search's.
 
     What its version does not read is left out, such as λ_cls of v2; but a given option that no
     trial reads stays, so that resolve() refuses it. Raises UserError.
     """
-    asked = []
-    for seed in seeds:
+    asked, spaces = [], [*SPACES.get(search, ()), *(MORE[search] if samples == "all" else ())]
+    for repeat in itertools.product(seeds, folds):
+        own = dict(zip(("seed", "fold"), repeat, strict=True))
         if search == "free":
-            asked += [draw(seed, i, kind) | given | {"seed": seed} for i in range(samples)]
-        for space in SPACES.get(search, ()):
-            grid = space | {name: [value] for name, value in given.items()} | {"seed": [seed]}
+            asked += [draw(own["seed"], i, kind) | given | own for i in range(samples or 32)]
+        for space in spaces:
+            grid = space | {name: [value] for name, value in (given | own).items()}
             rows = itertools.product(*grid.values())
             asked += [dict(zip(grid, row, strict=True)) for row in rows]
     used = [options.reads(Config(**values), kind) for values in asked]
@@ -109,6 +113,7 @@ def name_of(trial: Config, studies: str) -> str:
     words = [trial.version, f"L{''.join(map(str, trial.shared)) or 'none'}"]
     values = {word: getattr(trial, name) for name, word in WORDS.items()}
     words += [word + options.in_words(v) for word, v in values.items() if v not in (None, "none")]
+    words += [f"fold{trial.fold}"] if trial.fold else []
     parts = [trial.version, trial.recipe, options.key_of(trial), trial.seed, trial.fold, studies]
     return "-".join([*words, f"seed{trial.seed}", runs.digest(parts)])
 
@@ -118,15 +123,23 @@ def plan(args: argparse.Namespace, given: dict) -> list[Config]:
     phantom, free = "data" not in given, args.search == "free"
     told = (given.get("channels", ()), given.get("lesion_labels", ()))
     kind = "petct" if phantom else find_studies(Path(given["data"]), True, *told).kind
-    asked = settings(args.search, given, args.seed or [0], args.samples or 32, kind)
+    usual = {name: given[name] for name in ("folds", "splits") if name in given}
+    usual = options.resolve(Config(**usual), kind, phantom)
+    seeds = args.seed or SEEDS.get(args.search, [0])
+    folds = folds_of(args.fold or (["all"] if args.search in SEEDS else ["0"]), usual)
+    asked = settings(args.search, given, seeds, folds, args.samples, kind)
     configs = [options.resolve(Config(**values), kind, phantom) for values in asked]
     # one pass over the studies before the trials, which share its memory-mapped cache
     _, cases = runs.open_data(configs[0])
-    splits = runs.choose_splits(configs[0], cases, None)
-    if free and not any(case.has_lesion for case in cases if case.name in splits["val"]):
+    splits = {
+        fold: runs.choose_splits(replace(configs[0], fold=fold), cases, None) for fold in folds
+    }
+    ill = {case.name for case in cases if case.has_lesion}
+    if free and not all(ill & {*own["val"]} for own in splits.values()):
         raise UserError("--search free: no lesion to validate on. Give other --splits.")
-    trials, studies = {}, runs.digest(splits)
+    trials = {}
     for config in configs:  # a free one is no grid's trial: it may be stopped
+        studies = runs.digest(splits[config.fold])
         run = args.out / (("free-" if free else "") + name_of(config, studies))
         run.mkdir(exist_ok=True)
         trials[run] = replace(config, out=str(run), resume=True, check=False)
@@ -137,6 +150,19 @@ def plan(args: argparse.Namespace, given: dict) -> list[Config]:
             record["searches"].append(args.search)
             write_json(run / "trial.json", record | {"config": plain(record["config"])})
     return list(trials.values())
+
+
+def folds_of(words: list[str], config: Config) -> list[int]:
+    """The folds that --fold names; "all" of them are those of the splits file, if it has several.
+
+    Raises UserError.
+    """
+    if words == ["all"]:
+        content = read_json(Path(config.splits)) if config.splits else range(config.folds)
+        return [*range(len(content))] if isinstance(content, (list, range)) else [0]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--fold {' '.join(words)}: expected numbers from 0, or all.")
+    return [int(word) for word in words]
 
 
 def state(trial: Config) -> dict:
@@ -339,20 +365,23 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     command("--report", metavar="DIR", help="print the tables of a search folder")
     own = parser.add_argument
     own("--out", help="folder of the search [runs/<search>]")
-    own("--seed", type=int, nargs="+", metavar="", help="one or more seeds [0]")
-    own("--samples", type=int, metavar="", help="trials of --search free, for each seed [32]")
+    own("--seed", type=int, nargs="+", metavar="", help="one or more seeds [0; claims: 0 1 2]")
+    own("--fold", nargs="+", metavar="", help="one or more folds, or all [0; claims: all]")
+    own("--samples", metavar="", help="trials of --search free for each seed [32]; claims: all")
     own("--address", help="of a Ray cluster [RAY_ADDRESS, else this machine alone]")
     own("--gpus-per-trial", type=float, metavar="", help="[1 if there is one]; 0.5: two share it")
     own("--cpus-per-trial", type=float, metavar="", help="[1; with GPUs 1 + --workers]; threads")
     own("--max-concurrent", type=int, metavar="", help="trials at once [as the resources allow]")
-    names = options.OPTIONS.keys() - {"out", "resume", "seed"}
+    names = options.OPTIONS.keys() - {"out", "resume", "seed", "fold"}
     options.add_flags(parser, names)
     args = parser.parse_args(argv)
     others = [value for name, value in vars(args).items() if value is not None and name != "report"]
     if args.report is not None and others:
         raise UserError("--report takes no other option. Leave them out.")
-    if args.samples is not None and (args.search != "free" or args.samples < 1):
-        raise UserError(f"--samples {args.samples}: at least 1, and of --search free only.")
+    if args.samples is not None and not (args.samples == "all" and args.search in MORE):
+        if args.search != "free" or not args.samples.isdecimal() or int(args.samples) < 1:
+            raise UserError(f"--samples {args.samples}: of free at least 1, of claims all.")
+        args.samples = int(args.samples)
     if args.max_concurrent is not None and args.max_concurrent < 1:
         raise UserError(f"--max-concurrent {args.max_concurrent}: at least 1.")
     if args.seed and min(args.seed) < 0:

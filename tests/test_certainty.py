@@ -43,6 +43,16 @@ def test_a_patient_with_more_studies_weighs_more_in_the_mean_of_studies():
     assert all(map(math.isnan, interval(values[:3], patients)))
 
 
+def test_seeds_are_drawn_too():
+    """Of two seeds that differ by 1 in all studies the mean is 0, 1/2 or 1, whoever is drawn."""
+    values = pd.DataFrame({0: series(np.zeros(30)), 1: series(np.ones(30))})
+    each = pd.Series(values.index, values.index)
+    assert interval(values, each, level=0.9) == (0, 1)
+    assert interval(values, each, level=0.4) == (0.5, 0.5)
+    values.loc["s0":"s9", 1] = np.nan  # a missing one does not count as 0
+    assert interval(values, each, level=0.9) == (0, 1)
+
+
 @pytest.mark.parametrize("count", [3, 10])
 def test_sign_flip_is_the_exact_permutation_test(count):
     gains = series(np.random.default_rng(count).normal(0.4, 1, count))

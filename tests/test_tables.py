@@ -5,7 +5,6 @@ import math
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -267,6 +266,73 @@ def test_the_report_of_lambdas_of_free_and_of_what_is_outside_the_papers_tables(
     _, *listed = [line.split() for line in other.splitlines()]
     assert [words[0] for words in listed] == ["v1", "v2", "v4", "v1", "v1"]
     assert listed[-1][-1] == "70"
+
+
+# ------------------------------------------------------------------ the claims of Sec. 4
+
+
+def test_arms_are_told_apart_by_their_options():
+    for title, options in (tables.ARMS | tables.MORE_ARMS).items():
+        config = config_of(**options | {"seed": 5, "fold": 2, "epochs": 3, "lr": 0.1})
+        assert tables.arm_of(config) == title
+    assert tables.arm_of(config_of(version="v3", shared=(4,))) is None
+    for plus, minus, metric, _ in tables.CLAIMS:
+        assert {plus, minus} <= {*tables.ARMS} and metric in tables.metrics_of(())
+
+
+@pytest.mark.parametrize(
+    "low, high, seeds, paper, said",
+    [
+        (0.1, 2, [1, 1, 1], 0.4, "supported"), (0.1, 2, [1, 1, 1], -0.4, "contradicted"),
+        (-2, -0.1, [-1, -1, -1, -1], 3.0, "contradicted"), (-2, -0.1, [-1] * 3, -1, "supported"),
+        (-0.1, 2, [1, 1, 1], 0.4, "not decided"), (0.1, 2, [1, 1], 0.4, "not decided"),
+        (0.1, 2, [3, 3, -1], 0.4, "not decided"), (0.1, 2, [1] * 3, math.nan, "higher"),
+        (-2, -0.1, [-1] * 3, math.nan, "lower"),
+    ],
+)  # fmt: skip
+def test_the_verdict_needs_the_interval_and_three_seeds(low, high, seeds, paper, said):
+    assert tables.verdict(low, high, seeds, paper) == said
+
+
+def make_claim(root, arm, dices, seed, fold, healthy=0.0):
+    """A finished trial of an arm: the Dice of the ill studies of a fold, and a healthy study."""
+    name = f"{arm}-{seed}-{fold}"
+    options = tables.ARMS[arm] | {"seed": seed, "fold": fold}
+    make_trial(root, name, "claims", dice=0.5, studies=f"s{fold}", **options)
+    rows = [{"study": f"p{fold}{i}/{v}", "patient": f"p{fold}{i}", "has_lesion": True, "dice": dice,
+             "fpv_ml": 0.0} for i, dice in enumerate(dices) for v in "ab"]  # fmt: skip
+    rows.append(rows[0] | {"study": f"h{fold}", "has_lesion": False, "fpv_ml": healthy})
+    pd.DataFrame(rows).to_csv(root / name / "test_studies.csv", index=False)
+
+
+def test_claims_are_differences_over_patients_and_seeds(tmp_path):
+    """v3 is ahead of v2 by 0.1, 0.2 or 0.3 in all studies of a seed; of v1 in one seed of three."""
+    base = np.array([0.2, 0.3, 0.4, 0.5])
+    for seed in range(3):
+        for fold in range(2):
+            make_claim(tmp_path, "v2", base, seed, fold, healthy=5.0)
+            make_claim(tmp_path, "v3", base + 0.1 * (1 + seed), seed, fold, healthy=2.0)
+            make_claim(tmp_path, "v1", base + (0.3 if seed else 0) + 0.1, seed, fold)
+    make_claim(tmp_path, "PET", base, 0, 0)
+    trials = tables.read_trials(tmp_path)
+    trials = trials.assign(run=[tmp_path / name for name in trials["trial"]])
+    found = tables.claims(trials).set_index("claim")
+    row = found.loc["v3 - v2, Dice"]
+    assert row["here"] == pytest.approx(20) and row["seeds"] == "3 of 3" and row["patients"] == 8
+    assert 10 <= row["low"] < row["high"] <= 30 and row["verdict"] == "supported"
+    assert found.loc["v3 - v2, healthy FPV ml", "here"] == pytest.approx(-3)
+    assert found.loc["v3 - v2, healthy FPV ml", "verdict"] == "lower"
+    row = found.loc["v2 - v1, Dice"]
+    assert row["here"] == pytest.approx(-30) and row["verdict"] == "contradicted"
+    row = found.loc["v3 - PET, Dice"]  # one seed, one fold
+    assert (row["seeds"], row["patients"], row["verdict"]) == ("1 of 1", 4, "not decided")
+    assert found.loc["v3 - v4, Dice", "verdict"] == "not run"
+    text = tables.report(tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("v3 - v2, Dice"))
+    assert re.split("  +", line)[1:2] == ["+0.41"] and line.endswith(
+        "3 of 3         8     supported"
+    )
+    assert "In none of the paper's tables" not in text
 
 
 # ------------------------------------------------------------------ Tables 3-5

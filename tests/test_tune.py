@@ -28,8 +28,8 @@ FEW = "--patch 16 --spacing 16 --epochs 2 --steps 2 --val-every 1 --widths 4 8 8
 ONE = "--search lambdas --phi none --lambda-rec 0.1 --lambda-cls 0.1"  # a grid of one trial
 
 
-def configs(search, given=None, seeds=(0,), samples=8, kind="petct"):
-    asked = tune.settings(search, given or {}, list(seeds), samples, kind)
+def configs(search, given=None, seeds=(0,), samples=8, kind="petct", folds=(0,)):
+    asked = tune.settings(search, given or {}, list(seeds), list(folds), samples, kind)
     return [resolve(Config(**values), kind, True) for values in asked]
 
 
@@ -94,8 +94,8 @@ def test_what_cannot_be_done_ends_with_one_line(tmp_path, monkeypatch):
     for line, message in (
         ("--report x --lr 1", "--report takes no other option"),
         ("--report nowhere", "nowhere: no trials"),
-        ("--search layers --samples 3", "--samples 3: .* of --search free only"),
-        ("--search free --samples 0", "--samples 0: at least 1"),
+        ("--search layers --samples 3", "--samples 3: of free at least 1"),
+        ("--search free --samples 0", "--samples 0: of free at least 1"),
         ("--search free --seed -1", "--seed -1"),
         ("--search lambdas --max-concurrent 0", "--max-concurrent 0: at least 1"),
         ("--search lambdas --patch 20", "--patch .*20.*: every side must"),
