@@ -164,6 +164,9 @@ class Config:
     weight_decay: float | None = option(None, "weight decay [1e-6]", span=LEAST_0, fill=1e-6)
     clip: float | None = option(
         None, "largest gradient norm; 0: any [0]", span=LEAST_0, fill=0.0)
+    select: str = option(
+        "dice", "what chooses best.pt on the validation part: Dice, or the mean of it and of empty "
+        "masks in healthy studies", choices=("dice", "healthy"))
     seed: int = option(0, "seed of weights, crops, Φ and dropout", span=SEEDS)
     val_every: int | None = option(
         None, "validate every so many epochs", span=LEAST_1, fill=by_data(5, 5, 2))

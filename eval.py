@@ -295,12 +295,31 @@ def study_row(model, case: Case, config: Config, device, native: bool) -> dict:
     return row | ({"tumor_score": tumor} if scored else {})
 
 
-def val_dice(rows: list[dict]) -> float:
-    """Mean Dice over the validation studies with a lesion, and over classes; NaN without any."""
+def mean_of(values) -> float:
+    """Of those that are numbers; NaN without any."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.mean(numbers)) if numbers else math.nan
+
+
+def dices_of(row: dict) -> list[float]:
+    return [value for name, value in row.items() if name.split("_")[0] == "dice"]
+
+
+def validation(rows: list[dict]) -> dict[str, float]:
+    """What metrics.csv holds of the validation studies; NaN where there are none.
+
+    val_dice: over those with a lesion, and over classes. val_healthy: the mean over all studies of
+    Dice, that of a healthy study being 1 if its mask is empty and else 0. val_fpv_healthy_ml: the
+    FPV of healthy studies (PET/CT).
+    """
     ill = [row for row in rows if row["has_lesion"]]
-    dices = [v for row in ill for name, v in row.items() if name.split("_")[0] == "dice"]
-    dices = [v for v in dices if not math.isnan(v)]
-    return float(np.mean(dices)) if dices else math.nan
+    sound = [row for row in rows if not row["has_lesion"]]
+    empty = [not any(row[n] for n in row if n.endswith("pred_ml")) for row in sound]
+    found = {"val_dice": mean_of(value for row in ill for value in dices_of(row))}
+    found["val_healthy"] = mean_of([*(mean_of(dices_of(row)) for row in ill), *map(float, empty)])
+    if any("fpv_ml" in row for row in sound):
+        found["val_fpv_healthy_ml"] = mean_of(row["fpv_ml"] for row in sound)
+    return found
 
 
 def write_results(folder: Path, part: str, rows: list[dict], facts: dict) -> dict:

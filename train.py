@@ -26,7 +26,7 @@ from config import Config, add_flags, as_options, plain, title, versions_in_word
 from console import Log
 from data import Loader, Patches, Schedule, add_noise, lend_ct, shuffle_voxels
 from devices import Ranks, autocast, choose_amp, choose_device, describe, use_threads
-from eval import evaluate, see, val_dice, write_results
+from eval import evaluate, see, validation, write_results
 from files import UserError, command_line, reading, write_json
 from losses import gradient_norms
 from mirror_unet import Network, count_parameters
@@ -46,7 +46,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     epoch: int = 0  # epochs done
-    best_dice: float = -math.inf
+    best: float = -math.inf  # of --select, so far
     rows: list[dict] = field(default_factory=list)  # of metrics.csv
     studies: dict = field(default_factory=dict)  # what it trains on, as runs.studies_of has it
 
@@ -253,12 +253,12 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
 
 
 def validate(state: State, cases: list[Case]) -> dict:
-    """The Dice on the validation studies, on the cached grid, and the seconds it took."""
+    """eval.validation of the validation studies, on the cached grid, and the seconds it took."""
     began, ranks = time.perf_counter(), state.ranks
     mine = cases[ranks.rank :: ranks.world]
     scored = evaluate(state.model, mine, state.config, state.device, native=False)
-    dice = val_dice(ranks.gather(scored))
-    return {"val_dice": dice, "val_seconds": time.perf_counter() - began}
+    found = validation(ranks.gather(scored))
+    return found | {"val_seconds": time.perf_counter() - began}
 
 
 def test(state: State, cases: list[Case]) -> dict:
@@ -312,7 +312,7 @@ def resume_or_start(
         with reading(run / "last.pt", "Do not mix runs"):
             for name in stateful:
                 getattr(state, name).load_state_dict(checkpoint[name])
-        state.epoch, state.best_dice = checkpoint["epoch"], checkpoint["best_dice"]
+        state.epoch, state.best = checkpoint["epoch"], checkpoint["best_dice"]
         state.rows = runs.read_metrics(run, state.epoch)
         if state.rows and state.rows[-1]["epoch"] < state.epoch:
             raise UserError(f"{run / 'metrics.csv'}: ends before last.pt. Restore or remove it.")
@@ -331,13 +331,13 @@ def save_epoch(state: State, row: dict) -> None:
         return
     settings = {"config": plain(state.config, weights_only=True), "epoch": state.epoch}
     weights = settings | {"model": state.model.state_dict()}
-    dice = row.get("val_dice", -math.inf)
-    if dice > state.best_dice or (math.isnan(dice) and state.best_dice == -math.inf):
-        state.best_dice = max(state.best_dice, -math.inf if math.isnan(dice) else dice)
-        runs.save_checkpoint(state.run / "best.pt", weights | {"val_dice": dice})
+    score = row.get(f"val_{state.config.select}", -math.inf)
+    if score > state.best or (math.isnan(score) and state.best == -math.inf):
+        state.best = max(state.best, -math.inf if math.isnan(score) else score)
+        runs.save_checkpoint(state.run / "best.pt", weights | {"val_dice": row["val_dice"]})
     runs.write_metrics(state.run, state.rows)
     to_go_on = {name: getattr(state, name).state_dict() for name in ("optimizer", "scaler")}
-    to_go_on |= {"best_dice": state.best_dice, "studies": state.studies}
+    to_go_on |= {"best_dice": state.best, "studies": state.studies}
     runs.save_checkpoint(state.run / "last.pt", weights | to_go_on)
 
 

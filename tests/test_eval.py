@@ -111,13 +111,18 @@ def test_score_names_every_class_of_several():
     assert [*evaluation.named_masks(pred, ("edema", "other"))] == ["edema", "other"]
 
 
-def test_validation_dice_is_over_ill_studies_and_classes():
-    lesion = [(True, 0.4), (False, 0.0), (True, 0.6), (True, math.nan)]
-    rows = [{"has_lesion": ill, "dice": dice, "suv4_dice": 9} for ill, dice in lesion]
-    assert evaluation.val_dice(rows) == 0.5
+def test_validation_is_over_ill_studies_and_classes_and_over_empty_masks_of_healthy_ones():
+    lesion = [(True, 0.4, 2), (False, 0.0, 3), (True, 0.6, 1), (False, math.nan, 0)]
+    rows = [
+        {"has_lesion": ill, "dice": dice, "mtv_pred_ml": ml, "fpv_ml": ml}
+        for ill, dice, ml in lesion
+    ]
+    found = evaluation.validation(rows)
+    assert found == {"val_dice": 0.5, "val_healthy": 2 / 4, "val_fpv_healthy_ml": 1.5}
     brain = {"has_lesion": True, "dice_whole": 0.3, "dice_edema": math.nan, "dice_core": 0.9}
-    assert evaluation.val_dice([brain]) == pytest.approx(0.6)
-    assert math.isnan(evaluation.val_dice(rows[1:2]))
+    assert evaluation.validation([brain]) == {"val_dice": pytest.approx(0.6), "val_healthy": 0.6}
+    found = evaluation.validation(rows[1:2])
+    assert math.isnan(found["val_dice"]) and found["val_healthy"] == 0
 
 
 # ------------------------------------------------------------------ sliding windows
@@ -412,9 +417,9 @@ def test_table_of_two_runs(others, finished, tmp_path, capsys):
     run = finished[0]
     evaluate(run, others / "v1", "--out", tmp_path)
     table = capsys.readouterr().out.splitlines()
-    names = [line.split("  ")[0] for line in table[1:4]]
-    assert names == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
-    assert "T accuracy" in table[0] and len(table) == 5
+    assert re.split("  +", table[0].strip()) == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
+    assert [line.split("  ")[0] for line in table[1:3]] == ["Dice", "FPV ml"]
+    assert "T accuracy" in table[8] and len(table) == 11
     found = (tmp_path / run.name / "test_studies.csv").read_bytes()
     assert found == (run / "test_studies.csv").read_bytes() and b"tumor_score" in found
     frame = pd.read_csv(tmp_path / "v1" / "test_studies.csv")
@@ -467,7 +472,7 @@ def test_late_fusion_is_what_its_name_says(others, tmp_path, capsys):
         capsys.readouterr()
         evaluate(*pair, "--late-fusion", mode)
         folder = folders[mode] = others / f"late_fusion_{mode}"
-        assert capsys.readouterr().out.splitlines()[1].startswith(f"{folder} ")
+        assert capsys.readouterr().out.splitlines()[0].split()[0] == str(folder)
         record = json.loads((folder / "config.json").read_text())
         assert record["late_fusion"] == mode and record["runs"] == [str(run) for run in pair]
         assert record["config"]["version"] == "ct" and (folder / "splits.json").exists()

@@ -220,7 +220,7 @@ def test_curves_show_every_term_of_the_loss(tmp_path, monkeypatch):
         plots.curves(tmp_path)
     drawn = [{n.get_label(): list(n.get_ydata()) for n in a.lines} for a in figures[1].axes]
     assert drawn == [
-        {"rec_ct": [1, 0.5], "organs": [2, -0.1], "loss": [3, 2]}, {"val": [0.25]},
+        {"rec_ct": [1, 0.5], "organs": [2, -0.1], "loss": [3, 2]}, {"Dice": [0.25]},
         {"rec_ct": [7, 8]}, {"patches per second": [5, 5], "waiting for data, %": [50, 50]},
     ]  # fmt: skip
     assert figures[0].axes[0].get_yscale() == "symlog" and not figures[0].axes[1].lines

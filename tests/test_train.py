@@ -259,12 +259,25 @@ def test_run_folder_is_complete(finished):
     assert all(tag in events.read_bytes() for tag in (b"train/loss", b"gradient/seg", b"val_dice"))
     frame = pd.read_csv(run / "metrics.csv")
     own = TERMS["v3"] | {f"grad_{term}" for term in TERMS["v3"]}
-    assert set(frame) == {"epoch", "lr", "loss", "val_dice", *own, *CLOCK}
+    validated = ("val_dice", "val_healthy", "val_fpv_healthy_ml")
+    assert set(frame) == {"epoch", "lr", "loss", *validated, *own, *CLOCK}
     assert frame["epoch"].tolist() == [1, 2] and not frame.isna().any(axis=None)
     assert [row["loss"] for row in rows] == pytest.approx(frame["loss"].tolist(), rel=1e-12)
     head, line = console.epoch_line(rows[1], 3661, True).splitlines()
     assert head.split()[-4:] == ["Dice", "patches/s", "wait", "left"] and "1:01:01" in line
     assert len(head.replace("val Dice", "val_Dice").split()) == len(line.split())
+
+
+def test_best_is_what_select_says(base, cases, tmp_path, no_figures, monkeypatch):
+    """Epoch 1 has the better Dice, epoch 2 leaves the healthy alone."""
+    found = iter(
+        [{"val_dice": 0.4, "val_healthy": 0.2}, {"val_dice": 0.3, "val_healthy": 0.65}] * 2
+    )
+    monkeypatch.setattr(train, "validation", lambda rows: next(found))
+    for select, epoch, dice in (("dice", 1, 0.4), ("healthy", 2, 0.3)):
+        train.train(replace(base, select=select, out=str(tmp_path / select)))
+        best = load_checkpoint(tmp_path / select / "best.pt")
+        assert (best["epoch"], best["val_dice"]) == (epoch, dice)
 
 
 def test_checkpoints_load_as_plain_types_and_hold_the_best_epoch(finished):
