@@ -29,7 +29,7 @@ from eval import EIGHTEEN, EVAL_OPTIONS, bits, choose_cases, named_masks, see, s
 from files import UserError, atomic, command_line
 from mirror_unet import IMAGE_NAMES, UNIONS, VARIANTS, Variant
 from runs import load_run, open_data, read_metrics, read_trials, terms_of
-from tables import PHIS, VERSIONS, groups_of, lambda_grid, table_2
+from tables import PHIS, VERSIONS, claims, groups_of, lambda_grid, of_search, table_2
 
 matplotlib.use("Agg")  # no screen on a compute node
 matplotlib.rcParams["pdf.fonttype"] = 42  # fonts embedded whole, as text
@@ -431,6 +431,29 @@ def search_figure(name: str, trials: pd.DataFrame, about: str = ""):
     return figure, said
 
 
+@matplotlib.rc_context(PAPER)
+def claims_figure(trials: pd.DataFrame):
+    """A dot and an interval for each claim of which both sides ended, the paper's value as a cross;
+    and what it says. Raises UserError without one."""
+    table = claims(trials)
+    table = table[table["verdict"] != "not run"].iloc[::-1]
+    if table.empty:
+        raise UserError("both sides of a claim, the search has none")
+    figure, axis = plt.subplots(figsize=(5.2, 0.9 + 0.24 * len(table)), layout="constrained")
+    axis.axvline(0, color="0.6", linewidth=0.8)
+    for place, row in enumerate(table.to_dict("records")):
+        color = "0.55" if row["verdict"] == "not decided" else COLORS[0]
+        axis.plot([row["low"], row["high"]], [place, place], color=color)
+        axis.plot(row["here"], place, "o", color=color)
+    axis.plot(table["paper"], range(len(table)), "x", color=COLORS[1], label="paper")
+    axis.set_yticks(range(len(table)), table["claim"])
+    axis.set_xlabel("difference (Dice in %, volumes in ml)")
+    axis.grid(axis="x")
+    axis.legend(loc="best")
+    decided = (table["verdict"] != "not decided").sum()
+    return figure, "claims", f"{decided} of {len(table)} claims decided"
+
+
 def publish(out: Path, figure, name: str, said: str) -> None:
     """Write a figure for print as PNG and PDF, and tell where."""
     out.mkdir(parents=True, exist_ok=True)
@@ -442,6 +465,12 @@ def draw_search(search: Path, out: Path) -> None:
     """All that the search has trials for, by comparable group. Raises UserError if nothing."""
     trials = read_trials(search)
     drawn, reasons = 0, {}
+    if (asked := of_search(trials, "claims")).any():
+        try:
+            publish(out, *claims_figure(trials[asked]))
+            drawn += 1
+        except UserError as error:
+            reasons["claims"] = str(error)
     for name, (table, versions, *_) in SEARCH_FIGURES.items():
         groups = groups_of(trials[trials["version"].isin(versions)], table)
         for i, (about, part) in enumerate(groups or [("", trials[:0])], 1):

@@ -432,8 +432,8 @@ def row_of(run: Path) -> dict:
 def read_trials(folder: Path, running=()) -> pd.DataFrame:
     """The trials of a search folder, a row each as row_of has it; results.csv is written of them.
 
-    running: names of trials that train now. `dice` is added to what is returned: the test Dice in
-    %, for MRI of the whole tumour. Raises UserError if the folder holds no trials.
+    running: names of trials that train now. Added to what is returned: `run`, the folder, and
+    `dice`, the test Dice in %, for MRI of the whole tumour. Raises UserError if there are none.
     """
     trials = pd.DataFrame([row_of(f.parent) for f in sorted(folder.glob("*/trial.json"))])
     if trials.empty:
@@ -442,7 +442,7 @@ def read_trials(folder: Path, running=()) -> pd.DataFrame:
     trials.loc[now, ["status", "reason"]] = "running", ""
     with contextlib.suppress(OSError), atomic(folder / "results.csv") as file:  # or the next time
         file.write(trials.drop(columns="config").to_csv(index=False).encode())
-    trials["dice"] = np.nan
+    trials["run"], trials["dice"] = [folder / name for name in trials["trial"]], np.nan
     for name in ("test_dice", "test_dice_whole"):
         if name in trials:
             trials["dice"] = trials["dice"].fillna(100 * trials[name].astype(float))

@@ -283,13 +283,19 @@ def in_table_2(trial) -> bool:
 # which of the others are printed in it, and how.
 SEARCH_TABLES = {
     "table 2": (
-        {"version", "phi", "theta", "shared"}, {"lambdas", "free"}, in_table_2, table_2_text
+        {"version", "phi", "theta", "shared"}, {"lambdas", "free", "claims"}, in_table_2,
+        table_2_text,
     ),
     "lambdas": (
-        {"lambda_rec", "lambda_cls"}, {"layers", "theta", "table2", "free"},
+        {"lambda_rec", "lambda_cls"}, {"layers", "theta", "table2", "free", "claims"},
         lambda trial: None not in (trial["lambda_rec"], trial["lambda_cls"]), lambda_text,
     ),
 }  # fmt: skip
+
+
+def of_search(trials: pd.DataFrame, search: str) -> np.ndarray:
+    """Which trials a search asked for."""
+    return np.array([search in searches.split() for searches in trials["search"]], bool)
 
 
 def groups_of(trials: pd.DataFrame, table: str) -> list[tuple[str, pd.DataFrame]]:
@@ -309,11 +315,10 @@ def report(folder: Path) -> str:
             if part["dice"].notna().any():
                 parts.append(text(part, about))
                 shown |= set(part.index)
-    asked = trials["search"].map(str.split)
-    if asked.map(lambda searches: "claims" in searches).any():
-        parts.append(claims_text(trials.assign(run=[folder / name for name in trials["trial"]])))
-        shown |= {*trials.index[asked.map(lambda searches: "claims" in searches)]}
-    free = np.array(["free" in searches for searches in asked])
+    if (asked := of_search(trials, "claims")).any():
+        parts.append(claims_text(trials[asked]))
+        shown |= {*trials.index[asked]}
+    free = of_search(trials, "free")
     other = (trials["status"] == "done") & ~trials.index.isin(shown) & ~free
     if free.any():
         parts.append(f"Best validation Dice of --search free\n{listing(trials[free], most=10)}")

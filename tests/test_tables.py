@@ -314,9 +314,7 @@ def test_claims_are_differences_over_patients_and_seeds(tmp_path):
             make_claim(tmp_path, "v3", base + 0.1 * (1 + seed), seed, fold, healthy=2.0)
             make_claim(tmp_path, "v1", base + (0.3 if seed else 0) + 0.1, seed, fold)
     make_claim(tmp_path, "PET", base, 0, 0)
-    trials = tables.read_trials(tmp_path)
-    trials = trials.assign(run=[tmp_path / name for name in trials["trial"]])
-    found = tables.claims(trials).set_index("claim")
+    found = tables.claims(tables.read_trials(tmp_path)).set_index("claim")
     row = found.loc["v3 - v2, Dice"]
     assert row["here"] == pytest.approx(20) and row["seeds"] == "3 of 3" and row["patients"] == 8
     assert 10 <= row["low"] < row["high"] <= 30 and row["verdict"] == "supported"

@@ -276,7 +276,7 @@ def test_best_is_what_select_says(base, cases, tmp_path, no_figures, monkeypatch
     monkeypatch.setattr(train, "validation", lambda rows: next(found))
     for select, epoch, dice in (("dice", 1, 0.4), ("healthy", 2, 0.3)):
         train.train(replace(base, select=select, out=str(tmp_path / select)))
-        best = load_checkpoint(tmp_path / select / "best.pt")
+        best = train.runs.load_checkpoint(tmp_path / select / "best.pt")
         assert (best["epoch"], best["val_dice"]) == (epoch, dice)
 
 
