@@ -7,6 +7,7 @@ tables of a search, Tables 3-5. Numbers only; plots.py draws some of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -106,21 +107,32 @@ def counted(studies: pd.DataFrame, metric: Metric, prefix: str = "") -> pd.Serie
     return studies.loc[chosen, metric.column.format(prefix)].dropna().astype(float)
 
 
+def means_of(studies: pd.DataFrame, prefix: str) -> dict:
+    """{metric: {"mean", "std", "n", "low", "high"}} of the columns with a prefix of SYSTEMS; low
+    and high, if there are several patients, are the 95 % interval."""
+    found = {}
+    for name, metric in metrics_of(studies).items():
+        if metric.column.format(prefix) in studies:
+            values = counted(studies, metric, prefix)
+            ill = studies["has_lesion"].astype(bool)[values.index]
+            found[name] = metric.average(values, ill)
+            if metric.average is mean and len(values) > 1:
+                low, high = interval(values, studies.get("patient", studies.index.to_series()))
+                found[name] |= {} if math.isnan(low) else {"low": low, "high": high}
+    return found
+
+
 def summarize(rows: list[dict]) -> dict:
-    """Means over studies with their counts: {system: {metric: {"mean", "std", "n"}}}."""
+    """Means over studies: {system: means_of}; where names tell several tracers, as those of AutoPET
+    do, also "<system>, <tracer>"."""
     studies, summary = pd.DataFrame(rows), {}
+    names = studies.get("study", pd.Series("", studies.index))
+    tracers = names.str.extract(r"(?i)^(fdg|psma)_")[0].str.lower()
     for system, prefix in SYSTEMS.items():
-        if not studies.columns.str.startswith(prefix).any():
-            continue
-        summary[system] = {}
-        for name, metric in metrics_of(studies).items():
-            if metric.column.format(prefix) in studies:
-                values = counted(studies, metric, prefix)
-                ill = studies["has_lesion"].astype(bool)[values.index]
-                own = summary[system][name] = metric.average(values, ill)
-                if metric.average is mean and own["n"] > 1:
-                    low, high = interval(values, studies.get("patient", studies.index.to_series()))
-                    own |= {} if math.isnan(low) else {"low": low, "high": high}
+        if studies.columns.str.startswith(prefix).any():
+            summary[system] = means_of(studies, prefix)
+            for tracer, part in studies.groupby(tracers) if tracers.nunique() > 1 else ():
+                summary[f"{system}, {tracer}"] = means_of(part, prefix)
     return summary
 
 
@@ -144,8 +156,8 @@ def results_table(systems: dict[str, dict]) -> str:
 
 
 def rows_of(name: str, summary: dict) -> dict[str, dict]:
-    """The rows of results_table for one run: the model under the run's name, then the others."""
-    return {name if system == "model" else system: values for system, values in summary.items()}
+    """The systems of results_table for one run: the model under the run's name, then the others."""
+    return {re.sub("^model", lambda _: name, system): own for system, own in summary.items()}
 
 
 # ------------------------------------------------------------------ which runs may share a table

@@ -74,8 +74,8 @@ def settings(search: str, given: dict, seeds: list[int], folds: list[int], sampl
     trial reads stays, so that resolve() refuses it. Raises UserError.
     """
     asked, spaces = [], [*SPACES.get(search, ()), *(MORE[search] if samples == "all" else ())]
-    for repeat in itertools.product(seeds, folds):
-        own = dict(zip(("seed", "fold"), repeat, strict=True))
+    for repeat in itertools.product(folds, seeds):  # all seeds of a fold first
+        own = dict(zip(("fold", "seed"), repeat, strict=True))
         if search == "free":
             asked += [draw(own["seed"], i, kind) | given | own for i in range(samples or 32)]
         for space in spaces:

@@ -70,6 +70,18 @@ def test_means_say_how_many_studies_they_hold():
     json.dumps([ill, healthy], allow_nan=False)
 
 
+def test_tracers_that_names_tell_have_means_of_their_own():
+    names = ["fdg_0", "FDG_1", "psma_2", "psma_3", "fdg_4"]
+    rows = [row | {"study": name} for row, name in zip(ROWS, names, strict=True)]
+    summary = tables.summarize(rows)
+    assert [*summary][:3] == ["model", "model, fdg", "model, psma"]
+    assert summary["model"] == tables.summarize(ROWS)["model"]
+    assert summary["model, fdg"]["dice"]["mean"] == pytest.approx(0.4)
+    assert (summary["model, psma"]["dice"]["mean"], summary["model, psma"]["fpv_ml"]["n"]) == (0, 2)
+    assert [*tables.rows_of("a\\1", summary)][:2] == ["a\\1", "a\\1, fdg"]
+    assert "model, fdg" not in tables.summarize([row | {"study": "fdg_0"} for row in rows])
+
+
 def test_mri_leaves_out_classes_that_nobody_has():
     rows = [{"dice_whole": 0.5, "dice_edema": 0.25, "dice_core": math.nan},
             {"dice_whole": 1.0, "dice_edema": 0.75, "dice_core": 0.0}]  # fmt: skip
