@@ -31,7 +31,7 @@ from cache import Case, body_box, preprocess, preprocessing, to_native
 from config import Config, add_flags, as_options, read_settings
 from data import lend_ct
 from devices import autocast
-from files import UserError, atomic, command_line, progress, write_json
+from files import UserError, atomic, command_line, progress, read_json, write_json
 from mirror_unet import DATA_NAMES, UNIONS, decide, margins
 from runs import load_run, open_data, save_config, saved_splits
 from studies import BadStudy, find_studies, list_findings
@@ -295,6 +295,37 @@ def study_row(model, case: Case, config: Config, device, native: bool) -> dict:
     return row | ({"tumor_score": tumor} if scored else {})
 
 
+def tumor_scores(model, cases: list[Case], config, device) -> list[tuple[float, bool]]:
+    """T's score of each study, the highest of its windows, and whether it has a lesion."""
+    found = []
+    for case in cases:
+        _, score = infer(model, case.load("images"), config, device, ("seg", "tumor"))
+        found.append((score, case.has_lesion))
+    return found
+
+
+def best_threshold(scores: list[tuple[float, bool]]) -> float:
+    """Between two neighbouring scores, where the mean of sensitivity and specificity is highest
+    (of several such places the one nearest to 1/2); 1/2 if all studies are ill, or none."""
+    ill, healthy = ([s for s, sick in scores if sick == wanted] for wanted in (True, False))
+    if not ill or not healthy:
+        return 0.5
+    known = sorted({s for s, _ in scores})
+    places = [0.5, *((a + b) / 2 for a, b in itertools.pairwise(known))]
+
+    def balanced(place: float) -> float:
+        return np.mean([s > place for s in ill]) + np.mean([s <= place for s in healthy])
+
+    return max(places, key=lambda place: (balanced(place), -abs(place - 0.5)))
+
+
+def call_tumors(rows: list[dict], threshold: float | None) -> None:
+    """Add to each row of a study whether T calls it ill at a threshold, if it has a score."""
+    for row in rows:
+        if threshold is not None and "tumor_score" in row:
+            row["tumor_called"] = float(row["tumor_score"] > threshold)
+
+
 def mean_of(values) -> float:
     """Of those that are numbers; NaN without any."""
     numbers = [value for value in values if not math.isnan(value)]
@@ -453,6 +484,8 @@ def evaluate_runs(runs: list[Path], args, given: dict):
     part, cases = choose_cases(run, args.part, given, cases)
     cases = lend_ct(cases, config.ct)
     rows = evaluate(model, cases, config, device, bar=f"{folder.name} {part}")
+    if (run / "summary.json").exists():
+        call_tumors(rows, read_json(run / "summary.json", lambda s: s.get("tumor_threshold")))
     facts = {"run": str(run), "checkpoint": args.checkpoint, "checkpoint_epoch": weights["epoch"],
              "val_dice": weights["val_dice"], "data": config.data}  # fmt: skip
     summary = write_results(folder, part, rows, facts)

@@ -83,6 +83,7 @@ METRICS = (
     Metric("mtv_pred_ml", "MTV ml", "{}mtv_pred_ml", "ill"),
     Metric("mtv_true_ml", "true MTV ml", "mtv_true_ml", "ill"),
     Metric("tumor_accuracy", "T accuracy", "{}tumor_score", average=accuracy),
+    Metric("tumor_accuracy_val", "T accuracy, own cut", "{}tumor_called", average=accuracy),
     Metric("tumor_auc", "T AUC", "{}tumor_score", average=auc),
 )
 RULES = {  # by a metric that they are about

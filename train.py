@@ -26,7 +26,15 @@ from config import Config, add_flags, as_options, plain, title, versions_in_word
 from console import Log
 from data import Loader, Patches, Schedule, add_noise, lend_ct, shuffle_voxels
 from devices import Ranks, autocast, choose_amp, choose_device, describe, use_threads
-from eval import evaluate, see, validation, write_results
+from eval import (
+    best_threshold,
+    call_tumors,
+    evaluate,
+    see,
+    tumor_scores,
+    validation,
+    write_results,
+)
 from files import UserError, command_line, reading, write_json
 from losses import gradient_norms
 from mirror_unet import Network, count_parameters
@@ -91,7 +99,7 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
                 log.tell(state.rows)
                 if report:
                     report(row)
-        return test(state, lent["test"])
+        return test(state, lent["val"], lent["test"])
 
 
 # ------------------------------------------------------------------ before the first epoch
@@ -261,17 +269,25 @@ def validate(state: State, cases: list[Case]) -> dict:
     return found | {"val_seconds": time.perf_counter() - began}
 
 
-def test(state: State, cases: list[Case]) -> dict:
-    """Evaluate best.pt on the test part: test_studies.csv, summary.json, curves and examples."""
+def test(state: State, val: list[Case], cases: list[Case]) -> dict:
+    """Evaluate best.pt on the test part: test_studies.csv, summary.json, curves and examples.
+
+    Where T's scores part ill from healthy is chosen on the validation part.
+    """
     run, config, ranks = state.run, state.config, state.ranks
     ranks.barrier()  # rank 0 may still be writing best.pt
     began = time.perf_counter()
     best = runs.load_checkpoint(run / "best.pt", "val_dice")
     with reading(run / "best.pt", "Do not mix runs"):
         state.model.load_state_dict(best["model"])
-    mine = cases[ranks.rank :: ranks.world]
+    mine = slice(ranks.rank, None, ranks.world)
     bar = "test" if ranks.main else ""
-    scored = ranks.gather(evaluate(state.model, mine, config, state.device, bar=bar))
+    scored = ranks.gather(evaluate(state.model, cases[mine], config, state.device, bar=bar))
+    threshold = None
+    if state.model.variant.tumor:
+        scores = tumor_scores(state.model, val[mine], config, state.device)
+        threshold = best_threshold(ranks.gather(scores))
+        call_tumors(scored, threshold)
     if ranks.main:
         plots.pictures(run, state.model, cases, config, state.device)
         facts = {
@@ -280,6 +296,7 @@ def test(state: State, cases: list[Case]) -> dict:
             "val_dice": None if math.isnan(best["val_dice"]) else best["val_dice"],
             "seconds": round(runs.seconds_of(state.rows) + time.perf_counter() - began, 1),
             "gpu_memory_mb": runs.most_gpu_memory(state.rows),
+            "tumor_threshold": threshold,
         }
         summary = write_results(run, "test", scored, facts)
         ranks.say(f"\ntest       best.pt of epoch {best['epoch']}, {len(scored)} studies\n")

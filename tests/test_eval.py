@@ -125,6 +125,21 @@ def test_validation_is_over_ill_studies_and_classes_and_over_empty_masks_of_heal
     assert math.isnan(found["val_dice"]) and found["val_healthy"] == 0
 
 
+@pytest.mark.parametrize(
+    "ill, healthy, place",
+    [
+        ([0.9, 0.8], [0.7, 0.6], 0.75), ([0.9, 0.2], [0.1, 0.05], 0.15), ([0.9], [0.1], 0.5),
+        ([0.9, 0.95], [0.8, 0.97], 0.85), ([0.9], [], 0.5), ([], [0.9], 0.5),
+    ],
+)  # fmt: skip
+def test_the_threshold_of_T_parts_the_validation_studies(ill, healthy, place):
+    scores = [(s, True) for s in ill] + [(s, False) for s in healthy]
+    assert evaluation.best_threshold(scores) == pytest.approx(place)
+    rows = [{"tumor_score": s} for s in (place, place + 0.01)]
+    evaluation.call_tumors(rows, place)
+    assert [row["tumor_called"] for row in rows] == [0, 1]
+
+
 # ------------------------------------------------------------------ sliding windows
 
 
@@ -419,7 +434,7 @@ def test_table_of_two_runs(others, finished, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert re.split("  +", table[0].strip()) == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
     assert [line.split("  ")[0] for line in table[1:3]] == ["Dice", "FPV ml"]
-    assert "T accuracy" in table[8] and len(table) == 11
+    assert "T accuracy" in table[8] and len(table) == 12
     found = (tmp_path / run.name / "test_studies.csv").read_bytes()
     assert found == (run / "test_studies.csv").read_bytes() and b"tumor_score" in found
     frame = pd.read_csv(tmp_path / "v1" / "test_studies.csv")
