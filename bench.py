@@ -14,14 +14,13 @@ Each prints one JSON line, which --out FILE appends; all else goes to stderr. `s
 timing began. Inputs are seeded; the options of train.py that a row reads are taken too.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -40,10 +39,10 @@ except ImportError:  # step, infer and metrics read no images
 import cache
 import runs
 import train
-from config import OPTIONS, Config, add_flags, as_options, resolve
+from config import MOST, OPTIONS, Config, add_flags, as_options, resolve
 from devices import Ranks, choose_amp, choose_device
 from eval import infer, score
-from files import UserError, command_line, read_json
+from files import Parser, UserError, command_line, read_json, reading
 from mirror_unet import count_parameters
 from phantom import PHANTOM, draw_study
 from studies import find_studies
@@ -203,7 +202,13 @@ def bench_step(args) -> dict:
 def bench_infer(args) -> dict:
     config, device = settle(args, version="v3", overlap=0.5, window_weights="gaussian")
     rng = np.random.default_rng([config.seed, 5])
-    image = np.load(args.volume) if args.volume else rng.random((2, *args.shape), np.float32)
+    if args.volume:
+        with reading(args.volume, "Give an .npy file of two images, CT and PET"):
+            image = np.load(args.volume).astype(np.float32, copy=False)
+            if image.ndim != 4 or len(image) != 2:
+                raise ValueError(f"shape {image.shape}")
+    else:
+        image = rng.random((2, *args.shape), np.float32)
     model = runs.build_model(config).to(device, memory_format=torch.channels_last_3d)
     heads = {"seg": ("seg",), "test": ("seg", "tumor"), "all": model.heads}[args.heads]
     once = partial(infer, model, image, config, device, heads)
@@ -299,22 +304,37 @@ def bench_gpu(args) -> None:
 # ------------------------------------------------------------------ command line
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+LEAST = {"warmup": 0, "lesions": 0, "millimetres": 0.01}  # of a row's own numbers; else 1
+
+
+def number(name: str, kind: type) -> Callable:
+    """What argparse calls for the option `name`: a number that makes sense."""
+
+    def read(text: str):
+        least = LEAST.get(name, 1)
+        if kind is not str and not least <= kind(text) <= MOST:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {MOST}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # as argparse names it
+    return read
+
+
+def parser() -> Parser:
+    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = top.add_subparsers(dest="task", required=True)
 
-    def add(row, **own) -> argparse.ArgumentParser:
+    def add(row, **own) -> Parser:
         """A command and its own options, by their defaults; a tuple's takes three numbers."""
         command = tasks.add_parser(row.__name__.removeprefix("bench_"))
         command.set_defaults(row=row)
         for name, default in own.items():
             one, count = (default[0], 3) if isinstance(default, tuple) else (default, None)
-            command.add_argument(f"--{name}", type=type(one), nargs=count, default=default)
+            kind = number(name, type(one))
+            command.add_argument(f"--{name}", type=kind, nargs=count, default=default)
         return command
 
-    def measured(row, options="", warmup=1, repeat=5, **own) -> argparse.ArgumentParser:
+    def measured(row, options="", warmup=1, repeat=5, **own) -> Parser:
         command = add(row, warmup=warmup, repeat=repeat, **own)
         command.add_argument("--out", help="append the JSON line to this file")
         command.add_argument("--scratch", help="where temporary folders go")

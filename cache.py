@@ -3,8 +3,6 @@
 Arrays are (W, H, D) in the order of the anatomical axes that `Preprocessing.axes` names.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -82,10 +80,8 @@ def resample(image: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
 
 
 def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
-    """Where the new grid samples the old one, in old voxels; both start at the same centre.
-
-    The count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels.
-    """
+    """Where the new grid samples the old one, in old voxels; both start at the same centre. The
+    count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels."""
     grids = zip(shape, spacing, new_spacing, strict=True)
     return [np.arange(round((n - 1) * s / t + 1)) * (t / s) for n, s, t in grids]
 
@@ -100,11 +96,6 @@ def body_box(body: np.ndarray, margin) -> list[list[int]]:
     return box
 
 
-def body_mask(pet: np.ndarray, ct: np.ndarray, settings: Preprocessing) -> np.ndarray:
-    """Where the body is (of MRI the brain), on the files' grid."""
-    return (pet != 0) | (ct != 0) if settings.clip is None else pet > settings.body_suv
-
-
 def zscore(image: np.ndarray) -> np.ndarray:
     """Zero mean, unit variance over the brain (voxels that are not 0); the rest stays 0."""
     brain = image != 0
@@ -115,25 +106,23 @@ def zscore(image: np.ndarray) -> np.ndarray:
 
 
 def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, dict]:
-    """Read, check, crop to the body, resample and scale one study (Sec. 3.4).
+    """Read, check, crop to the body, resample and scale one study (Sec. 3.4): arrays and meta.
 
-    Returns arrays and meta. Arrays: images float16 (2, W, H, D), CT first; and, with a mask, label
-    uint8 (W, H, D), lesion uint32 flat indices of its foreground, native_label uint32 and
-    native_class uint8 (the mask on the file's grid, as flat indices in Fortran order), and for
-    PET/CT native_hot, the voxels with SUV >= THRESHOLD_SUV. allow: see studies.judge. Raises
-    BadStudy.
+    images: float16 (2, W, H, D), CT first; with a mask: label, uint8 (W, H, D); lesion, uint32 flat
+    indices of its foreground; and what native_mask adds. allow: see studies.judge. Raises BadStudy.
     """
     volumes = read_study(study)
     facts = judge(study, volumes, allow)
     pet, affine = volumes["pet"].data, volumes["pet"].affine
-    to_axes = orientations.ornt_transform(
-        nib.io_orientation(affine), orientations.axcodes2ornt(settings.axes)
-    )
+    wanted = orientations.axcodes2ornt(settings.axes)
+    to_axes = orientations.ornt_transform(nib.io_orientation(affine), wanted)
     turn = partial(orientations.apply_orientation, ornt=to_axes)
     turned_affine = affine @ orientations.inv_ornt_aff(to_axes, pet.shape)
     spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
     margin = np.ceil(settings.margin_mm / spacing)
-    box = body_box(turn(body_mask(pet, volumes["ct"].data, settings)), margin)
+    body = pet > settings.body_suv if settings.clip else (pet != 0) | (volumes["ct"].data != 0)
+    box = body_box(turn(body), margin)
+    del body
     crop, counts = tuple(slice(*b) for b in box), [stop - start for start, stop in box]
     positions = grid_positions(counts, spacing, settings.spacing)
     meta = {
@@ -178,7 +167,8 @@ def hash_of(content) -> str:
 
 
 def native_mask(label: np.ndarray, pet: np.ndarray, settings: Preprocessing) -> dict:
-    """A mask and, if `pet` is SUV, its hot voxels, as flat indices in Fortran order."""
+    """On the files' grid, as uint32 flat indices in Fortran order: native_label, the mask (its
+    classes are native_class, uint8), and of PET/CT native_hot, the SUV above the threshold."""
     plain = label.ravel(order="F")
     flat = np.flatnonzero(plain)
     arrays = {"native_label": flat.astype(np.uint32), "native_class": plain[flat]}
@@ -189,19 +179,15 @@ def native_mask(label: np.ndarray, pet: np.ndarray, settings: Preprocessing) -> 
 
 
 def to_native(meta: dict, margin: np.ndarray, classify: Callable) -> np.ndarray:
-    """Map margins (K, W, H, D) on the cached grid to a uint8 label map on the study's own grid.
-
-    Each margin is interpolated linearly; `classify` turns (K, w, h, d) into classes; outside the
-    body box the answer is 0.
-    """
-    box, spacing = meta["box"], meta["native_spacing"]
-    steps = zip(spacing, meta["spacing"], box, strict=True)
+    """Map margins (K, W, H, D) on the cached grid to a uint8 label map on the study's own: each is
+    interpolated linearly, `classify` turns (K, w, h, d) into classes; outside the body box is 0."""
+    steps = zip(meta["native_spacing"], meta["spacing"], meta["box"], strict=True)
     positions = [np.arange(stop - start) * (s / t) for s, t, (start, stop) in steps]
     inside = np.stack([resample(m.astype(np.float32, copy=False), positions) for m in margin])
     to_axes = np.array(meta["to_axes"])
     turned = [meta["native_shape"][a] for a in np.argsort(to_axes[:, 0])]
     full = np.zeros(turned, np.uint8)
-    full[tuple(slice(*b) for b in box)] = classify(inside)
+    full[tuple(slice(*b) for b in meta["box"])] = classify(inside)
     back = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_axes)
     return orientations.apply_orientation(full, back)
 
@@ -234,8 +220,7 @@ class Case:
 
 
 def stamps(study: Study) -> dict[str, list]:
-    """What a study is made of: name, channel, size and time of the file of each slot, and the
-    classes. A later start compares it instead of reading."""
+    """What a study is made of, which a later start compares instead of reading."""
     found = {"classes": [list(pair) for pair in study.classes]}
     for slot, source in study.sources.items():
         stat = source.path.stat()
@@ -317,11 +302,8 @@ def most_bytes(study: Study, settings: Preprocessing) -> int:
 
 
 def run_parallel(todo: list[Study], fill: Callable, workers: int) -> list[Finding]:
-    """`fill` for all studies, `workers` at a time, with a progress bar; all findings.
-
-    In threads: unpacking, resampling and writing leave Python's lock to others, and nothing
-    survives a killed process.
-    """
+    """`fill` for all studies, `workers` at a time; all findings. In threads: unpacking, resampling
+    and writing leave Python's lock to others, and nothing survives a killed process."""
     findings, pool = [], ThreadPoolExecutor(max(1, workers))
     try:
         jobs = [pool.submit(fill, study) for study in todo]
@@ -345,28 +327,19 @@ def same_images(cases: list[Case], studies: list[Study]) -> dict[str, Finding]:
 
 
 def prepare(
-    root: Path,
-    found: Found,
-    settings,
-    cache,
-    workers=2,
-    check=False,
-    skip_bad=False,
-    allow=(),
-    say=print,
+    root, found: Found, settings, cache, workers=2, check=False, skip_bad=False, allow=(), say=print
 ) -> list[Case]:
-    """Every study of `found` from the cache, preprocessing what is not there yet.
-
-    The input check is part of that one read; `check` reads everything again. All studies are gone
-    through before the bad ones are reported. Raises UserError if there are any, unless `skip_bad`.
-    """  # fmt: skip
+    """Every study of `found` from the cache; what is not there (with `check` all of them) is read,
+    checked and preprocessed. After all of them, raises UserError for bad ones, unless `skip_bad`.
+    """
     base = cache_folder(cache, root, settings)
+    folders = {study.name: base / study.name.replace("/", "__") for study in found.studies}
 
     def cached(study: Study) -> Case | None:
-        return cached_case(folder_of(study), study, allow)
+        return cached_case(folders[study.name], study, allow)
 
-    def folder_of(study: Study) -> Path:
-        return base / study.name.replace("/", "__")
+    def fill(study: Study) -> list[Finding]:
+        return fill_cache(study, settings, folders[study.name], allow)
 
     sweep(base)
     cases = {study.name: None if check else cached(study) for study in found.studies}
@@ -379,9 +352,7 @@ def prepare(
         room = f"at most {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
         say(f"cache      {base}: {len(todo)} of {len(cases)} studies to read, {room}")
         write_json(base / "settings.json", {"data": str(Path(root).resolve()), **asdict(settings)})
-        findings += run_parallel(
-            todo, lambda study: fill_cache(study, settings, folder_of(study), allow), workers
-        )
+        findings += run_parallel(todo, fill, workers)
         cases |= {study.name: cached(study) for study in todo}
     read = [case for case in cases.values() if case]
     twice = same_images(read, found.studies)
@@ -390,9 +361,8 @@ def prepare(
     if findings:
         problems = list_findings(findings)
         if not skip_bad:
-            raise UserError(
-                f"the input check found {problems}\n{len(good)} studies are fine. Mend the others, "
-                "or leave them out with --skip-bad."
-            )
+            remedy = "Mend the others, or leave them out with --skip-bad"
+            rest = f"{len(good)} studies are fine. {remedy}."
+            raise UserError(f"the input check found {problems}\n{rest}")
         say(f"left out   {problems}")
     return good

@@ -3,8 +3,6 @@
 A new check is a row of CHECKS, and a number in `measure` if none is there that tells it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

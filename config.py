@@ -21,7 +21,7 @@ from mirror_unet import CHANNELS, DATA_NAMES, MASKS, STRIDE, VARIANTS, Variant, 
 def option(default, help: str, **rule):
     """A field of Config and what is known of it.
 
-    rule, all optional: choices; form, a pattern; span, the lowest and the highest number; words
+    rule, all optional: choices; span, the lowest and the highest number; words
     that may stand for a number; multiple, what it divides by; lengths, how many numbers it has
     (one may stand for three); fill, what None becomes: a value, one for each kind of data
     (by_data) or a function of the variant and the config; used, whether a variant of Mirror U-Net
@@ -44,6 +44,7 @@ def by_data(petct, mri, phantom) -> dict:
 
 
 LEAST_0, LEAST_1, SHARE, SEEDS = (0, math.inf), (1, math.inf), (0, 1), (0, 2**63 - 1)
+MOST = 10**9  # of a count: more than this, be it epochs or threads, is a slip of the hand
 BOTTLENECKS = {"own": "", "joint": ", joint bottleneck (0.26 M more)", "mean": ", mean in L"}
 GROUPS = {  # as -h lists them, by the first option of each
     "version": "task", "rec": "losses", "data": "data", "out": "training", "overlap": "inference",
@@ -116,7 +117,7 @@ class Config:
         None, "voxel size in mm; one or three", lengths=(1, 3), span=(0.01, 100),
         fill=by_data((2.0, 2.0, 3.0), (1.0, 1.0, 1.0), (5.0, 5.0, 6.0)))
     patch: tuple[int, ...] | None = option(
-        None, "sides of a crop, divisible by 16; one or three", lengths=(1, 3), span=LEAST_1,
+        None, "sides of a crop, divisible by 16; one or three", lengths=(1, 3), span=(1, 4096),
         multiple=STRIDE, fill=by_data((96, 96, 96), (224, 224, 144), (48, 48, 48)))
     lesion_p: float | None = option(
         None, "probability that a lesion voxel is a crop's centre [2/3]", span=SHARE, fill=2 / 3)
@@ -128,8 +129,7 @@ class Config:
     split_seed: int = option(0, "seed of the split", span=SEEDS)
     splits: str | None = option(None, "JSON with train, val, test, instead of folds")
     channels: tuple[str, ...] = option(
-        (), "which channel is which, if their names do not tell: ct=0 pet=1", launch=True,
-        form=r"\w+=\d+")
+        (), "which channel is which, if their names do not tell: ct=0 pet=1", launch=True)
     lesion_labels: tuple[int, ...] = option(
         (), "values of the masks that are lesions, if the labels' names do not tell",
         span=LEAST_1, launch=True)
@@ -162,8 +162,7 @@ class Config:
     lr_drop: int | None = option(
         None, "lr is a tenth after this epoch; 0: never", span=LEAST_0, fill=by_data(250, 250, 8))
     weight_decay: float | None = option(None, "weight decay [1e-6]", span=LEAST_0, fill=1e-6)
-    clip: float | None = option(
-        None, "largest gradient norm; 0: any [0]", span=LEAST_0, fill=0.0)
+    clip: float | None = option(None, "largest gradient norm; 0: any [0]", span=LEAST_0, fill=0.0)
     select: str = option(
         "dice", "what chooses best.pt on the validation part: Dice, or the mean of it and of empty "
         "masks in healthy studies", choices=("dice", "healthy"))
@@ -182,10 +181,8 @@ class Config:
         "auto", "mixed precision [bf16 on CUDA, none elsewhere]",
         choices=("auto", "none", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile the network", launch=True)
-    device: str = option(
-        "auto", "device", choices=("auto", "cpu", "cuda", "mps"), launch=True)
-    threads: int = option(
-        0, "CPU threads of torch; 0: as torch chooses", span=LEAST_0, launch=True)
+    device: str = option("auto", "device", choices=("auto", "cpu", "cuda", "mps"), launch=True)
+    threads: int = option(0, "CPU threads of torch; 0: as torch chooses", span=LEAST_0, launch=True)
     workers: int = option(
         2, "threads that read crops, and that preprocess", span=LEAST_0, launch=True)
 # fmt: on
@@ -249,12 +246,10 @@ def reads(config: Config, kind: str) -> dict[str, bool]:
 
 def resolve(config: Config, kind: str, phantom: bool) -> Config:
     """Fill the Nones for this kind of data and reject what does not fit. Raises UserError."""
-    variant, system = tasks(config, kind), system_of(config)
     if config.kind not in (None, kind):
-        raise UserError(
-            f"--data: holds {DATA_NAMES[kind]} studies, the run was made for "
-            f"{DATA_NAMES[config.kind]}. Give data of that kind."
-        )
+        what = f"{DATA_NAMES[kind]} studies, the run was made for {DATA_NAMES[config.kind]}"
+        raise UserError(f"--data: holds {what}. Give data of that kind.")
+    variant, system = tasks(config, kind), system_of(config)
     if config.recipe == "own" and not (system and system.own):
         raise UserError(f"--recipe own: none is known for {config.version}. Leave it out.")
     own = system.own if config.recipe == "own" else {}
@@ -267,9 +262,8 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
         if not used:
             idle = rule.get("idle", OPTIONS[name].default)
             if given not in (OPTIONS[name].default, idle):
-                raise UserError(
-                    f"{flag_of(name)} has no effect on {config.version} here. Leave it out."
-                )
+                what = f"{flag_of(name)} has no effect on {config.version} here"
+                raise UserError(f"{what}. Leave it out.")
             values[name] = idle
         elif given is None:
             fill = own.get(name, rule.get("fill"))
@@ -282,10 +276,8 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
 
 
 def check(config: Config) -> Config:
-    """Every option against its rule; sides are made three, L is sorted.
-
-    Raises UserError with the flag, the value and what is allowed.
-    """
+    """Every option against its rule; sides are made three, L is sorted. Raises UserError with the
+    flag, the value and what is allowed."""
     values = {"shared": tuple(sorted(set(config.shared)))}
     for name, f in OPTIONS.items():
         value, rule = getattr(config, name), f.metadata
@@ -308,12 +300,12 @@ def broken(value, rule: dict) -> str:
         return "an empty string is no value. Give one, or leave the option out"
     if "choices" in rule and value not in rule["choices"]:
         return f"choose from {', '.join(rule['choices'])}"
-    if "form" in rule and not re.fullmatch(rule["form"], value):
-        return f"expected the form {rule['form']}"
     words = rule.get("words", ())
     if "span" in rule and value not in words:
         low, high = rule["span"]
-        if isinstance(value, str) or not (math.isfinite(value) and low <= value <= high):
+        if isinstance(value, int) and value > MOST and high == math.inf:
+            high = MOST
+        if isinstance(value, str) or not (low <= value <= high and value < math.inf):
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             return " or ".join((f"a number, {span}", *words))
     if "multiple" in rule and value % rule["multiple"]:
@@ -344,6 +336,7 @@ def as_flag(name: str) -> dict:
     def number_or_word(text: str):
         return text if text in rule["words"] else kind(text)
 
+    number_or_word.__name__ = " or ".join(("number", *rule.get("words", ())))  # as argparse says
     told |= {"type": number_or_word if "words" in rule else kind, "choices": rule.get("choices")}
     told["metavar"] = None if told["choices"] else ""
     if f.type.startswith("tuple"):
@@ -390,18 +383,17 @@ def plain(config: Config, weights_only: bool = False) -> dict:
 
 
 def as_config(saved: dict) -> Config:
-    """A Config from a saved dict. Raises UserError for options that this version does not know or
-    whose type is another."""
+    """A checked Config from a saved dict. Raises UserError for an option that this version does not
+    know, or whose type or value is not allowed."""
     if unknown := sorted(set(saved) - set(OPTIONS)):
-        raise UserError(
-            f"saved options {unknown} are unknown here: use the code that made the run."
-        )
+        remedy = "use the code that made the run"
+        raise UserError(f"saved options {unknown} are unknown here: {remedy}.")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     for name, value in values.items():  # check() sees to the numbers in a tuple
         kinds = re.sub(r"\[.*?\]", "", OPTIONS[name].type).replace("float", "float | int")
         if type(value).__name__.removesuffix("Type") not in kinds.split(" | "):
             raise UserError(f"saved option {name} is no {OPTIONS[name].type}. Restore it.")
-    return Config(**values)
+    return check(Config(**values))
 
 
 # What does not part two runs: the launch, the device's precision, and what repeats a comparison.
@@ -417,9 +409,8 @@ def key_of(config: Config) -> dict:
     phantom = config.data is None
     usual = resolve(Config(version=config.version, recipe=config.recipe), config.kind, phantom)
     own = {n: getattr(config, n) for n in OPTIONS if n not in REPEATS}
-    return {"data": "phantom" if phantom else config.kind} | {
-        name: value for name, value in own.items() if value != getattr(usual, name)
-    }
+    differ = {name: value for name, value in own.items() if value != getattr(usual, name)}
+    return {"data": "phantom" if phantom else config.kind} | differ
 
 
 def in_words(value) -> str:

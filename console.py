@@ -1,7 +1,5 @@
 """What a run says while it trains: progress bar, a line per epoch, TensorBoard events, curves."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -23,9 +21,7 @@ except ImportError:  # the events are an extra; metrics.csv holds the same numbe
 
 def tensorboard(folder: Path, start: int):
     """A writer of TensorBoard events that hides what an interrupted run logged after epoch `start`.
-
-    Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever.
-    """
+    Not SummaryWriter: its thread dies of a full disk, and the run would wait for it for ever."""
     folder.mkdir(exist_ok=True)
     writer, log = EventsWriter(str(folder / "events")), SessionLog(status=SessionLog.START)
     writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=log))
@@ -53,11 +49,10 @@ class Log:
         with writing(self.events):
             if EventsWriter and main and start < epochs:
                 self.writer = tensorboard(self.events, start)
-        total = (epochs - start) * crops
-        hidden = None if main else True
-        self.bar = tqdm(total=total, unit="patch", leave=False, disable=hidden)
+        shown = {"unit": "patch", "leave": False, "disable": None if main else True}
+        self.bar = tqdm(total=(epochs - start) * crops, **shown)
 
-    def __enter__(self) -> Log:
+    def __enter__(self):
         return self
 
     def __exit__(self, *error) -> None:

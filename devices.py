@@ -1,10 +1,8 @@
 """The machine: which device, which precision, and the processes that torchrun starts."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -15,6 +13,9 @@ from torch import nn
 from config import Config
 from files import UserError
 from mirror_unet import Network
+
+# What torchrun tells its processes in the environment, as it is without it.
+ALONE = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,18 +46,15 @@ def use_threads(wanted: int, say: Callable[[str], None]) -> None:
         torch.set_num_threads(min(wanted, cores))
 
 
-def choose_amp(
-    config: Config, device: torch.device, network: Network | type[Network] = Network
-) -> Config:
+def choose_amp(config: Config, device: torch.device, network=Network) -> Config:
     """Settle --amp for the device. Raises UserError for what would train on garbage."""
     amp = config.amp
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "none"
     if amp == "bf16" and device.type == "cpu" and min(config.patch) < network.bf16_least:
-        raise UserError(
-            f"--amp bf16 with --patch {config.patch} on the CPU: torch computes wrong gradients "
-            f"for sides below {network.bf16_least}. Use --amp none."
-        )
+        why = f"torch computes wrong gradients for sides below {network.bf16_least}"
+        given = f"--amp bf16 with --patch {config.patch} on the CPU"
+        raise UserError(f"{given}: {why}. Use --amp none.")
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU. Use --amp none on the CPU.")
     return replace(config, amp=amp)
@@ -69,12 +67,22 @@ def autocast(device: torch.device, amp: str):
     return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
 
 
+def place_among_ranks() -> tuple[int, int]:
+    """How many processes torchrun started, and which this one is. Raises UserError."""
+    found = {name: os.environ.get(name, default) for name, default in ALONE.items()}
+    told = " ".join(f"{name}={value}" for name, value in found.items())
+    with suppress(ValueError):
+        world, rank = int(found["WORLD_SIZE"]), int(found["RANK"])
+        if 0 <= rank < world and (world == 1 or found["MASTER_ADDR"] and int(found["MASTER_PORT"])):
+            return world, rank
+    raise UserError(f"{told} is not what torchrun sets. Unset these variables, or start with it.")
+
+
 class Ranks:
     """The processes that torchrun started; alone, rank 0 of 1."""
 
     def __init__(self, device: torch.device):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        self.world, self.rank = place_among_ranks()
         self.main = self.rank == 0
         self.say = print if self.main else lambda text: None
         if self.world > 1 and not dist.is_initialized():
@@ -121,12 +129,9 @@ class Ranks:
         net: nn.Module = model
         if self.world > 1:
             # buffers are averaged before validation instead (average_buffers)
-            net = nn.parallel.DistributedDataParallel(
-                net,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                find_unused_parameters=model.alternates,
-            )
+            on = {"device_ids": [device.index]} if device.type == "cuda" else {}
+            how = {"broadcast_buffers": False, "find_unused_parameters": model.alternates}
+            net = nn.parallel.DistributedDataParallel(net, **on, **how)
         if compiled:
             # losses.gradient_norms walks the graph before backward() does
             torch._functorch.config.donated_buffer = False

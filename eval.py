@@ -6,14 +6,11 @@
 Dice, FPV and FNV follow the AutoPET challenge, on the grid of the study's own files.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import itertools
 import math
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,10 +25,10 @@ from torch import Tensor
 import tables
 from baselines import LATE_FUSIONS, LateFusion
 from cache import Case, body_box, preprocess, preprocessing, to_native
-from config import Config, add_flags, as_options, read_settings
+from config import Config, add_flags, as_options, flag_of, read_settings
 from data import lend_ct
 from devices import autocast
-from files import UserError, atomic, command_line, progress, read_json, write_json
+from files import Parser, UserError, atomic, command_line, progress, read_json, write_json
 from mirror_unet import DATA_NAMES, UNIONS, decide, margins
 from runs import load_run, open_data, save_config, saved_splits
 from studies import BadStudy, find_studies, list_findings
@@ -49,10 +46,8 @@ def binary_pair(pred, mask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dice(pred, mask) -> float:
-    """2 |G ∩ P| / (|G| + |P|) of two masks of one shape; non-zero is foreground.
-
-    Empty masks as in AutoPET 2022: NaN if both are empty, 0 if only one is.
-    """
+    """2 |G ∩ P| / (|G| + |P|) of two masks of one shape; non-zero is foreground. Empty masks as in
+    AutoPET 2022: NaN if both are empty, 0 if only one is."""
     pred, mask = binary_pair(pred, mask)
     total = np.count_nonzero(pred) + np.count_nonzero(mask)
     return float(2 * np.count_nonzero(pred & mask) / total) if total else math.nan
@@ -90,10 +85,8 @@ def volume(voxels: int, mask, spacing) -> float:
 
 
 def false_positive_volume(pred, mask, spacing) -> float:
-    """FPV in ml: the 18-connected components of pred that touch no voxel of mask.
-
-    pred, mask (W, H, D); spacing in mm per axis, in the same order.
-    """
+    """FPV in ml: the 18-connected components of pred that touch no voxel of mask, both (W, H, D);
+    spacing in mm per axis, in the same order."""
     return volume(regions(pred, mask).apart_voxels, pred, spacing)
 
 
@@ -161,14 +154,12 @@ def window_weights(patch, kind: str) -> Tensor:
     return weight.clamp_min(1e-3)  # far corners must not divide by nothing
 
 
-def sliding_window(
-    run: Callable, image, patch, overlap=0.25, weights="constant", batch=4, device="cpu"
-) -> tuple[Tensor, float]:
+def sliding_window(run, image, patch, overlap=0.25, weights="constant", batch=4, device="cpu"):
     """Apply `run` to windows of `image` (2, W, H, D) and average where they overlap.
 
     run: (B, 2, w, h, d) on `device` -> maps (B, K, w, h, d) and scores (B,) or None. Returns the
-    map (K, W, H, D), float32, and the highest score (NaN without). Runs out of device memory? Then
-    the sums move to the CPU, then the windows go one by one.
+    map (K, W, H, D), float32, and the highest score (NaN without). Without enough device memory the
+    sums move to the CPU, then the windows go one by one.
     """
     device, cpu = torch.device(device), torch.device("cpu")
     for home, together in dict.fromkeys([(device, batch), (cpu, batch), (cpu, 1)]):
@@ -176,10 +167,8 @@ def sliding_window(
             return stitch(run, image, patch, overlap, weights, together, device, home)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    raise UserError(
-        f"{device} has no memory for one window of {tuple(patch)}. Close what else runs there, or "
-        "use --device cpu."
-    )
+    remedy = "Close what else runs there, or use --device cpu"
+    raise UserError(f"{device} has no memory for one window of {tuple(patch)}. {remedy}.")
 
 
 def stitch(run, image, patch, overlap, weights, batch, device, home):
@@ -232,9 +221,8 @@ def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.
         return margins(getattr(out, heads[0]).float()), tumor
 
     model.eval()
-    margin, tumor = sliding_window(
-        run, image, config.patch, config.overlap, config.window_weights, config.window_batch, device
-    )
+    how = config.patch, config.overlap, config.window_weights, config.window_batch
+    margin, tumor = sliding_window(run, image, *how, device)
     return margin.cpu().numpy(), tumor
 
 
@@ -263,10 +251,9 @@ def evaluate(model, cases: list[Case], config, device, native: bool = True, bar:
 
 
 def study_row(model, case: Case, config: Config, device, native: bool) -> dict:
-    """The metrics of one study by name.
+    """The metrics of one study by name, in training on the cached grid.
 
-    native: on the grid of the study's files (the reported results); else on the cached grid (the
-    validation during training). A native row has more columns: for PET/CT suv4_*, the same metrics
+    native: on the grid of the study's files, with more columns: of PET/CT suv4_*, the same metrics
     of the voxels with SUV >= 4; those of each of the network's branches; the score of T.
     """
     spacing, truth = case.meta["spacing"], case.load("label")
@@ -295,13 +282,14 @@ def study_row(model, case: Case, config: Config, device, native: bool) -> dict:
     return row | ({"tumor_score": tumor} if scored else {})
 
 
-def tumor_scores(model, cases: list[Case], config, device) -> list[tuple[float, bool]]:
-    """T's score of each study, the highest of its windows, and whether it has a lesion."""
-    found = []
-    for case in cases:
-        _, score = infer(model, case.load("images"), config, device, ("seg", "tumor"))
-        found.append((score, case.has_lesion))
-    return found
+def tumor_threshold(model, cases: list[Case], config, device, gather=list) -> float | None:
+    """Where the scores of T, of a study the highest of its windows, part ill from healthy best;
+    None without T. gather: of several processes, each with its cases, all their scores."""
+    if not model.variant.tumor:
+        return None
+    scored = (infer(model, c.load("images"), config, device, ("seg", "tumor")) for c in cases)
+    pairs = zip(scored, cases, strict=True)
+    return best_threshold(gather([(score, case.has_lesion) for (_, score), case in pairs]))
 
 
 def best_threshold(scores: list[tuple[float, bool]]) -> float:
@@ -380,32 +368,24 @@ def write_mask(path: Path, mask: np.ndarray, source: Path) -> None:
         file.write(gzip.compress(kind(mask, None, header).to_bytes(), 6, mtime=0))
 
 
-def predict(
-    model, config, studies_dir: Path, out: Path, device, skip_bad=False, overwrite=False
-) -> list[Path]:
-    """Masks for every study below `studies_dir`, written to `out`/<study>.nii.gz; the paths.
-
-    Labels: 1 lesion; MRI 1 edema, 2 core. Raises UserError for a control, for studies of another
-    kind than the run's, for masks that are there (unless overwrite) and, after the rest, for bad
-    ones (unless skip_bad).
-    """
+def predict(model, config, folder: Path, out: Path, device, skip_bad=False, overwrite=False):
+    """Masks (1 lesion; MRI 1 edema, 2 core) of every study below `folder`, in `out`/<study>.nii.gz;
+    their paths. Raises UserError for a control, for studies of another kind than the run's, for
+    masks that are there (unless overwrite) and, after the rest, for bad ones (unless skip_bad)."""
     if config.ct != "own":
         raise UserError("--predict: a run with --ct other is a control. Choose one without.")
-    found = find_studies(studies_dir, False, config.channels)
+    found = find_studies(folder, False, config.channels, config.lesion_labels)
     if found.kind != config.kind:
-        raise UserError(
-            f"{studies_dir}: holds {DATA_NAMES[found.kind]} studies, the run was trained on "
-            f"{DATA_NAMES[config.kind]}. Choose a run of that kind."
-        )
+        here, there = DATA_NAMES[found.kind], DATA_NAMES[config.kind]
+        what = f"holds {here} studies, the run was trained on {there}"
+        raise UserError(f"{folder}: {what}. Choose a run of that kind.")
     for note in found.notes:
         print(note, file=sys.stderr)
     findings, written = list(found.findings), []
     masks = {study.name: out / f"{study.name.replace('/', '__')}.nii.gz" for study in found.studies}
     if not overwrite and (there := [mask for mask in masks.values() if mask.exists()]):
-        raise UserError(
-            f"{there[0]}: exists already, as do {len(there) - 1} more masks. Add --overwrite, or "
-            "choose another --out."
-        )
+        what = f"exists already, as do {len(there) - 1} more masks"
+        raise UserError(f"{there[0]}: {what}. Add --overwrite, or choose another --out.")
     for study in progress(found.studies, "predict", "study"):
         try:
             arrays, meta = preprocess(study, preprocessing(config), config.allow)
@@ -457,11 +437,12 @@ def choose_cases(run: Path, part: str | None, given: dict, cases: list[Case]):
     known = names & {*itertools.chain(*splits.values())}
     part = part or ("test" if known or "data" not in given else "all")
     chosen = names if part == "all" else {*splits[part]}
+    if not chosen:
+        raise UserError(f"{run / 'splits.json'}: its {part} part is empty. Restore it.")
     if missing := sorted(chosen - names):
-        raise UserError(
-            f"{run}: {len(missing)} studies of its {part} part are not in the data, the first is "
-            f"{missing[0]}. Give their folder with --data, or --part all."
-        )
+        what = f"{len(missing)} studies of its {part} part are not in the data, the first is"
+        remedy = "Give their folder with --data, or --part all"
+        raise UserError(f"{run}: {what} {missing[0]}. {remedy}.")
     if seen := chosen & {*splits["train"], *splits["val"]}:
         say = f"{run}: {len(seen)} of these {len(chosen)} studies trained or selected it"
         print(say, file=sys.stderr)
@@ -496,21 +477,15 @@ def evaluate_runs(runs: list[Path], args, given: dict):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a trained run")
-    parser.add_argument(
-        "--table", type=int, choices=tables.PAPER_TABLES,
-        help="the paper's table, from the runs below RUN",
-    )  # fmt: skip
-    parser.add_argument(
-        "--with", dest="given", nargs="+", default=[], metavar="OPTION=VALUE",
-        help="--table of runs with other settings than the defaults, such as spacing=4,4,6",
-    )  # fmt: skip
+    told = "the paper's table, from the runs below RUN"
+    parser.add_argument("--table", type=int, choices=tables.PAPER_TABLES, help=told)
+    told = "--table of runs with other settings than the defaults, such as spacing=4,4,6"
+    parser.add_argument("--with", dest="given", nargs="+", metavar="OPTION=VALUE", help=told)
     parser.add_argument("--late-fusion", choices=LATE_FUSIONS, help="of the two runs, Table 3")
-    parser.add_argument(
-        "--part", choices=("train", "val", "test", "all"),
-        help="of the run's splits [test; all for studies it has not seen]",
-    )  # fmt: skip
+    told = "of the run's splits [test; all for studies it has not seen]"
+    parser.add_argument("--part", choices=("train", "val", "test", "all"), help=told)
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
     parser.add_argument("--predict", type=Path, metavar="DIR", help="studies without labels")
     parser.add_argument("--overwrite", action="store_true", help="masks of --predict in --out")
@@ -521,8 +496,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--predict, --table and --late-fusion: choose one.")
     if args.overwrite and not args.predict:
         raise UserError("--overwrite goes with --predict. Leave it out.")
-    if (args.predict or args.table) and args.part:
-        raise UserError("--part has no effect here. Leave it out.")
+    idle = ("part", *EVAL_OPTIONS) if args.table else ("part", "data") if args.predict else ()
+    if given := [name for name in idle if getattr(args, name, None) is not None]:
+        raise UserError(f"{flag_of(given[0])} has no effect here. Leave it out.")
     if args.predict and (len(args.runs) > 1 or not args.out):
         raise UserError("--predict takes one run, and --out for the folder of the masks.")
     if args.table and (len(args.runs) > 1 or not args.runs[0].is_dir()):
@@ -541,7 +517,7 @@ def run_command(argv: list[str] | None = None) -> None:
     if args.predict or "data" in given:
         given = dict.fromkeys(OF_DATA, ()) | given
     if args.table:
-        given, out = read_settings(args.given), args.out or args.runs[0]
+        given, out = read_settings(args.given or []), args.out or args.runs[0]
         print(tables.write_paper_table(args.table, args.runs[0], out, given))
         return
     if args.predict:

@@ -1,7 +1,6 @@
 """What every other file uses: clear errors, files written whole, progress, a command's shell."""
 
-from __future__ import annotations
-
+import argparse
 import errno
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of what one may have on it
+NO_MEMORY = "can't allocate memory|out of memory"  # as torch says it
 NUMBERS = Path("/proc/self/ns/pid")  # of processes: on Linux each container may have its own
 HERE = f"{platform.node()}-{NUMBERS.stat().st_ino if NUMBERS.exists() else 0}"
 
@@ -39,11 +39,8 @@ def lives(process: int) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left unfinished in `folder`.
-
-    One of this machine is gone if its number is free. The numbers of another, which may share the
-    file system, tell nothing here: there a day without a change must do.
-    """
+    """Remove what killed processes left unfinished in `folder`: those of this machine whose number
+    is free, and, as numbers elsewhere on a shared file system tell nothing, what is a day old."""
     for path in folder.glob(".*.tmp"):
         mark = re.search(r"\.(\d{1,9})@(.+)\.tmp$", path.name)
         with suppress(OSError):
@@ -87,10 +84,20 @@ def write_json(path: Path, content) -> None:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, without the usage of every option."""
+
+    def error(self, message: str) -> None:
+        print(f"error: {message}. See {self.prog} -h.", file=sys.stderr)
+        raise SystemExit(2)
+
+
 @contextmanager
 def reading(path: Path, remedy: str) -> Iterator:
     """Whatever is wrong with a file becomes one line: its path, what was found, the remedy."""
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise UserError(f"not a file. {remedy}.")  # reading a pipe would wait for ever
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -125,19 +132,24 @@ def answer(action: Callable[[], None]) -> None:
     try:
         if empty := [word for word in sys.argv[1:] if not word or re.fullmatch("--[a-z-]+=", word)]:
             raise UserError(f"{empty[0]!r}: an empty string is no value. Leave its option out.")
-        action()
+        return action()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code, line = 2, f"error: {error}"
     except OSError as error:
         if error.filename is None:
             raise
-        print(in_words(error), file=sys.stderr)
-        raise SystemExit(2) from None
+        code, line = 2, in_words(error)
+    except (MemoryError, RuntimeError) as error:  # numpy's, and torch's on the CPU and on a GPU
+        found = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, found):
+            raise
+        remedy = "Use a smaller --patch or --batch-size, or fewer --workers"
+        code, line = 2, f"error: out of memory ({found[:200]}). {remedy}."
     except KeyboardInterrupt:
         goes_on = "train.py --resume or the same search goes on"
-        print(f"stopped; what was finished is kept ({goes_on})", file=sys.stderr)
-        raise SystemExit(130) from None
+        code, line = 130, f"stopped; what was finished is kept ({goes_on})"
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 def command_line(action: Callable[[], None]) -> None:

@@ -4,9 +4,6 @@ python plots.py SEARCH                 Figs. 4-6 and supplement Fig. 1 from the 
 python plots.py --qualitative RUN ... --out DIR    Fig. 7, or Fig. 8 of brain tumour runs
 """
 
-from __future__ import annotations
-
-import argparse
 import re
 import sys
 import textwrap
@@ -26,7 +23,7 @@ from config import add_flags, as_options
 from data import lend_ct, shuffle_voxels
 from devices import autocast
 from eval import EIGHTEEN, EVAL_OPTIONS, bits, choose_cases, named_masks, see, sliding_window
-from files import UserError, atomic, command_line
+from files import Parser, UserError, atomic, command_line
 from mirror_unet import IMAGE_NAMES, UNIONS, VARIANTS, Variant
 from runs import load_run, open_data, read_metrics, read_trials, terms_of
 from tables import PHIS, VERSIONS, claims, groups_of, lambda_grid, of_search, table_2
@@ -464,6 +461,8 @@ def publish(out: Path, figure, name: str, said: str) -> None:
 def draw_search(search: Path, out: Path) -> None:
     """All that the search has trials for, by comparable group. Raises UserError if nothing."""
     trials = read_trials(search)
+    for trial in trials[trials["config"].isna()].itertuples():
+        print(f"left out   {trial.trial}: {trial.reason}", file=sys.stderr)
     drawn, reasons = 0, {}
     if (asked := of_search(trials, "claims")).any():
         try:
@@ -491,7 +490,7 @@ def draw_search(search: Path, out: Path) -> None:
 
 def run_command(argv: list[str] | None = None) -> None:
     """python plots.py: see the top of the file."""
-    parser = argparse.ArgumentParser(description="Draw the figures of the paper.")
+    parser = Parser(description="Draw the figures of the paper.")
     parser.add_argument("search", nargs="?", type=Path, help="folder of a search: Figs. 4-6, S1")
     parser.add_argument("--qualitative", nargs="+", type=Path, metavar="RUN", help="Fig. 7 or 8")
     parser.add_argument("--study", help="of the runs' test parts [the one with most lesion]")

@@ -5,8 +5,6 @@ summary.json and test_studies.csv. A search: a run folder for each trial, with i
 results.csv.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -27,52 +25,36 @@ import pandas as pd
 import scipy
 import torch
 
+import config as options
 from cache import Case, prepare, preprocessing
-from config import (
-    OPTIONS,
-    Config,
-    as_config,
-    check,
-    in_words,
-    mirror_version,
-    plain,
-    reads,
-    resolve,
-    system_of,
-)
+from config import OPTIONS, Config, as_config, plain, resolve, system_of
 from devices import choose_amp, choose_device, use_threads
 from files import UserError, atomic, progress, read_json, reading, sweep, write_json
 from losses import LOSSES
-from mirror_unet import IMAGE_NAMES, MirrorUNet, Network
+from mirror_unet import DATA_NAMES, IMAGE_NAMES, MirrorUNet, Network
 from phantom import PHANTOM, write_phantom
-from splits import make_splits, read_splits
+from splits import PARTS, make_splits, read_splits
 from studies import find_studies, summarize
 
 # ------------------------------------------------------------------ what a config stands for
 
 
 def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Config, list[Case]]:
-    """Find, check and preprocess the studies; the config resolved for their kind.
-
-    Without config.data the simulated cohort is written on first use. Raises UserError.
-    """
-    root = Path(check(config).data or PHANTOM)
+    """Find, check and preprocess the studies; the config resolved for their kind. Without
+    config.data the simulated cohort is written on first use. Raises UserError."""
+    root = Path(options.check(config).data or PHANTOM)
     if config.data is None and not root.exists():
         say(f"data       no --data given: writing a simulated PET/CT cohort to {root}")
         write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
     found = find_studies(root, True, config.channels, config.lesion_labels)
     config = resolve(config, found.kind, phantom=config.data is None)
-    cases = prepare(
-        root, found, preprocessing(config), Path(config.cache), config.workers, config.check,
-        config.skip_bad, config.allow, say,
-    )  # fmt: skip
+    how = config.workers, config.check, config.skip_bad, config.allow, say
+    cases = prepare(root, found, preprocessing(config), Path(config.cache), *how)
     patients = len({case.patient for case in cases})
     ill = sum(case.has_lesion for case in cases)
-    simulated = ", simulated" if config.data is None else ""
-    say(
-        f"data       {root} ({found.layout}{simulated}): {len(cases)} studies of {patients} "
-        f"patients, {ill} with a lesion"
-    )
+    layout = found.layout + (", simulated" if config.data is None else "")
+    holds = f"{len(cases)} studies of {patients} patients, {ill} with a lesion"
+    say(f"data       {root} ({layout}): {holds}")
     if not found.patients_known:
         found.notes.append("names do not tell the patient: each case counts as one; see --splits")
     for note in found.notes + summarize([case.meta["facts"] for case in cases]):
@@ -82,14 +64,14 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
 
 def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[str, list[str]]:
     """The splits of the run that goes on, if any, else those of --splits, else folds by patient.
-
-    Raises UserError if a run goes on, but the file of --splits is another by now, or if nobody in
-    the training part has a lesion.
+    Raises UserError if that run's are not those of --splits, or if nobody who trains has a lesion.
     """
     begun, given = run and run / "splits.json", config.splits and Path(config.splits)
     told = (cases, config.fold, config.skip_bad)
-    if begun or given:
-        splits = read_splits(begun or given, *told)
+    if begun:
+        splits = read_splits(begun, cases, 0, config.skip_bad)  # of its fold alone
+    elif given:
+        splits = read_splits(given, *told)
     else:
         splits = make_splits(cases, config.folds, config.fold, config.split_seed)
     if begun and given and given.is_file() and read_splits(given, *told) != splits:
@@ -114,10 +96,8 @@ def refuse_changes(run: Path, began: dict, now: dict) -> None:
     """Raises UserError if the studies, as of studies_of, are not those that the run began with."""
     if changed := [what for what in {**began, **now} if began.get(what) != now.get(what)]:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"{run}: changed since the run began: {', '.join(changed[:4])}{more}. Restore the data "
-            "and splits, or use another --out."
-        )
+        what = f"changed since the run began: {', '.join(changed[:4])}{more}"
+        raise UserError(f"{run}: {what}. Restore the data and splits, or use another --out.")
 
 
 def digest(content) -> str:
@@ -132,22 +112,19 @@ def build_model(config: Config) -> Network:
         model = system.build(config)
     else:
         theta = 0.2 if config.theta is None else config.theta
-        model = MirrorUNet(
-            mirror_version(config), config.shared, config.kind, theta, config.bottleneck,
-            config.norm, config.classifier, config.widths,
-        )  # fmt: skip
+        how = config.bottleneck, config.norm, config.classifier, config.widths
+        version = options.mirror_version(config)
+        model = MirrorUNet(version, config.shared, config.kind, theta, *how)
     if any(side % model.stride or side < model.least for side in config.patch):
-        raise UserError(
-            f"--patch {config.patch}: {config.version} takes sides that divide by {model.stride} "
-            f"and are at least {model.least}."
-        )
+        sides = f"sides that divide by {model.stride} and are at least {model.least}"
+        raise UserError(f"--patch {config.patch}: {config.version} takes {sides}.")
     return model
 
 
 def loss_function(config: Config) -> Callable:
     """The loss of a resolved config: an equation of the paper, or that of a compared system."""
     system = system_of(config)
-    return system.loss if system else LOSSES[config.kind][mirror_version(config)]
+    return system.loss if system else LOSSES[config.kind][options.mirror_version(config)]
 
 
 def claim_run(config: Config, stack: contextlib.ExitStack) -> str:
@@ -176,17 +153,14 @@ class Busy(UserError):
 @contextlib.contextmanager
 def only_writer(run: Path):
     """Hold the folder's lock, which the system frees when the process ends, however it does.
-
-    Raises Busy if another process holds it.
-    """
+    Raises Busy if another process holds it."""
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a+b") as file:
         try:  # not flock: child processes would inherit it and outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Busy(
-                f"{run}: another process is writing this run. Wait for it, or use another --out."
-            ) from None
+            what = "another process is writing this run. Wait for it, or use another --out"
+            raise Busy(f"{run}: {what}.") from None
         yield
 
 
@@ -215,14 +189,21 @@ RESTORE = "Restore it, or train anew with another --out"
 
 def saved_config(run: Path) -> Config:
     """The config of a run folder. Raises UserError if it is missing or not one of ours."""
-    return read_json(run / "config.json", lambda saved: check(as_config(saved["config"])), RESTORE)
+
+    def take(saved: dict) -> Config:
+        config = as_config(saved["config"])
+        if config.kind not in DATA_NAMES:
+            raise ValueError(f"saved option kind is {config.kind}")
+        return config
+
+    return read_json(run / "config.json", take, RESTORE)
 
 
 def saved_splits(run: Path) -> dict[str, list[str]]:
     """The names of each part of a run. Raises UserError if splits.json is missing or damaged."""
 
     def take(splits: dict) -> dict:
-        return {part: [f"{name:s}" for name in splits[part]] for part in ("train", "val", "test")}
+        return {part: [f"{name:s}" for name in splits[part]] for part in PARTS}
 
     return read_json(run / "splits.json", take, RESTORE)
 
@@ -302,6 +283,18 @@ def saved_summary(run: Path) -> dict:
     return read_json(run / "summary.json", take, "Remove it; --resume tests the run again")
 
 
+def difference(saved: dict, now: dict) -> str:
+    """Which options differ between two plain configs, in words; empty if none does."""
+    changed = sorted(name for name in saved if saved[name] != now.get(name))
+    return "; ".join(f"{name} was {saved[name]}, now {now.get(name)}" for name in changed)
+
+
+def refuse_settings(run: Path, saved: dict, now: dict) -> None:
+    """Raises UserError if two plain configs differ."""
+    if what := difference(saved, now):
+        raise UserError(f"{run}: a run goes on with its own settings ({what}). Use another --out.")
+
+
 def can_go_on(run: Path, config: Config) -> bool:
     """Whether the run goes on from what it has. Raises UserError rather than overwrite or mix."""
     sweep(run)
@@ -312,25 +305,16 @@ def can_go_on(run: Path, config: Config) -> bool:
     if not config.resume:
         raise UserError(f"{run}: holds a run already. Add --resume, or choose another --out.")
     if not last.exists() and not is_finished(run, config.epochs):
-        raise UserError(
-            f"{run}: has {ended[0]} but no last.pt to go on from (a search removes it when a "
-            "trial ends). Use another --out."
-        )
+        why = f"has {ended[0]} but no last.pt to go on from (a search removes it when a trial ends)"
+        raise UserError(f"{run}: {why}. Use another --out.")
     checkpoint = load_checkpoint(last if last.exists() else best, "config")
-    saved, now = checkpoint["config"], plain(config, weights_only=True)
-    if changed := sorted(k for k in saved if saved[k] != now.get(k)):
-        what = "; ".join(f"{k} was {saved[k]}, now {now.get(k)}" for k in changed)
-        raise UserError(f"{run}: a run goes on with its own settings ({what}). Use another --out.")
-    before = saved_config(run).epochs
+    refuse_settings(run, checkpoint["config"], plain(config, weights_only=True))
+    before, done = saved_config(run).epochs, checkpoint["epoch"]
     if config.schedule in ("poly", "cosine") and before != config.epochs:
-        raise UserError(
-            f"{run}: --schedule {config.schedule} was laid out for {before} epochs; going on to "
-            f"{config.epochs} would be neither. Use another --out."
-        )
-    if checkpoint["epoch"] > config.epochs:
-        raise UserError(
-            f"{run}: has {checkpoint['epoch']} epochs already, more than --epochs {config.epochs}."
-        )
+        why = f"was laid out for {before} epochs; going on to {config.epochs} would be neither"
+        raise UserError(f"{run}: --schedule {config.schedule} {why}. Use another --out.")
+    if done > config.epochs:
+        raise UserError(f"{run}: has {done} epochs already, more than --epochs {config.epochs}.")
     return True
 
 
@@ -344,9 +328,14 @@ def load_run(run: Path, checkpoint: str, given: dict):
     """Model, config, device and checkpoint of a trained run, with the options `given` in place of
     the run's. checkpoint: "best" or "last". Raises UserError."""
     weights = load_checkpoint(run / f"{checkpoint}.pt", *["val_dice"] * (checkpoint == "best"))
+    saved = saved_config(run)
+    if what := difference(weights.get("config", {}), plain(saved, weights_only=True)):
+        raise UserError(f"{run}: config.json is not that of {checkpoint}.pt ({what}). {RESTORE}.")
     dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
     weights["val_dice"] = None if math.isnan(dice_then) else dice_then
-    config = replace(saved_config(run), **given)
+    with reading(run / "config.json", RESTORE):  # its version, and what that does not read
+        resolve(saved, saved.kind, phantom=saved.data is None)
+    config = replace(saved, **given)
     config = resolve(config, config.kind, phantom=config.data is None)
     device = choose_device(config.device)
     if "amp" not in given and device.type != read_json(run / "config.json").get("ran_on"):
@@ -367,10 +356,8 @@ OUTCOME = ("epochs_done", "val_dice", "seconds", "gpu_memory_mb")
 
 
 def look(run: Path, epochs: int) -> dict:
-    """What a trial's folder says: its status and why, and what came out so far.
-
-    Whatever is wrong with the files of one trial, it must not end the search or the report.
-    """
+    """What a trial's folder says: its status and why, and what came out so far. Whatever is wrong
+    with the files of one trial, it must not end the search or the report."""
     found = dict.fromkeys(OUTCOME) | {"reason": "", "epochs_done": 0}
     try:
         if is_finished(run, epochs):
@@ -398,24 +385,20 @@ def look(run: Path, epochs: int) -> dict:
 
 
 def read_record(run: Path) -> dict:
-    """trial.json: the searches that asked for the trial, its config and a hash of its studies.
-
-    Raises UserError.
-    """
+    """trial.json: searches that asked for the trial, its config, a hash of its studies. Raises
+    UserError."""
 
     def take(record: dict) -> dict:
-        kept = {"searches": [f"{name:s}" for name in record["searches"]]}
-        kept |= {"studies": f"{record['studies']:s}"}
-        return record | kept | {"config": check(as_config(record["config"]))}
+        searches = [f"{name:s}" for name in record["searches"]]
+        kept = {"searches": searches, "studies": f"{record['studies']:s}"}
+        return record | kept | {"config": as_config(record["config"])}
 
     return read_json(run / "trial.json", take, "The search's command writes it again")
 
 
 def row_of(run: Path) -> dict:
-    """A row of results.csv: every setting that the trial reads, what came out, and the folder.
-
-    Beside it `config`, None where trial.json is damaged.
-    """
+    """A row of results.csv: every setting that the trial reads, what came out, and the folder;
+    beside it `config`, None where trial.json is damaged."""
     row = {"trial": run.name, "search": "unknown", "status": "failed", "reason": ""}
     row |= dict.fromkeys((*SETTINGS, "studies", *OUTCOME, "config"))
     try:
@@ -423,18 +406,16 @@ def row_of(run: Path) -> dict:
     except UserError as error:
         return row | {"reason": f"damaged folder: {error}"}
     config = record["config"]
-    used = reads(config, config.kind)
-    row |= {n: in_words(getattr(config, n)) for n in SETTINGS if used[n] or n == "phi"}
+    used = options.reads(config, config.kind)
+    row |= {n: options.in_words(getattr(config, n)) for n in SETTINGS if used[n] or n == "phi"}
     row |= {"search": " ".join(record["searches"]), "studies": record["studies"]}
     return row | {"config": config} | look(run, config.epochs)
 
 
 def read_trials(folder: Path, running=()) -> pd.DataFrame:
-    """The trials of a search folder, a row each as row_of has it; results.csv is written of them.
-
-    running: names of trials that train now. Added to what is returned: `run`, the folder, and
-    `dice`, the test Dice in %, for MRI of the whole tumour. Raises UserError if there are none.
-    """
+    """The trials of a search folder, a row_of each, also written as results.csv; and `run`, the
+    folder, and `dice`, the test Dice in %, for MRI of the whole tumour. running: names of trials
+    that train now. Raises UserError if the folder holds no trials."""
     trials = pd.DataFrame([row_of(f.parent) for f in sorted(folder.glob("*/trial.json"))])
     if trials.empty:
         raise UserError(f"{folder}: no trials of a search. Give the folder of one.")

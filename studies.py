@@ -7,9 +7,6 @@ be, none in other folders. find_studies finds what is missing, read_study what i
 judge what cannot be right in their values.
 """
 
-from __future__ import annotations
-
-import argparse
 import gzip
 import math
 import os
@@ -20,7 +17,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,18 +24,15 @@ import nibabel as nib
 import numpy as np
 
 from checks import ALLOWABLE, doubts, measure
-from files import UserError, command_line, progress, read_json
+from files import Parser, UserError, command_line, progress, read_json
 
 nib.imageglobals.logger.setLevel("CRITICAL")  # bad headers are reported by our own check
 
 TOLERANCE_MM = 0.5  # how far corners of images of one study may lie apart
 NIFTI, END = (".nii.gz", ".nii"), re.compile(r"\.nii(\.gz)?$")
-CHANNEL_NAMES = {  # names in dataset.json, lower case, letters and digits only
-    "petct": {
-        "ct": ("ct", "ctres"),
-        "pet": ("pet", "suv", "pt", "petsuv", "suvbw", "fdgpet", "psmapet"),
-    },
-    "mri": {"ct": ("flair", "t2flair", "t2f"), "pet": ("t1gd", "t1ce", "t1c", "t1wce")},
+CHANNEL_NAMES = {  # of ct and pet in dataset.json, lower case, letters and digits only
+    "petct": (r"ct|ctres", r"pet|suv|pt|petsuv|suvbw|fdgpet|psmapet"),
+    "mri": (r"flair|t2flair|t2f", r"t1gd|t1ce|t1c|t1wce"),
 }
 LABEL_NAMES = {  # the first pattern in a label's name tells its class; MRI: 1 edema, 2 core
     "petct": (
@@ -52,6 +45,7 @@ LABEL_NAMES = {  # the first pattern in a label's name tells its class; MRI: 1 e
         (2, r"\b(core|tumou?r|necro(sis|tic)|enhancing|ncr|netc?|et)\b"),
     ),
 }
+Classes = tuple[tuple[int, int], ...]  # value in a label file -> our class
 OFFICIAL = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE)  # a patient of AutoPET
 
 
@@ -90,7 +84,7 @@ class Study:
     ct: Source
     pet: Source
     label: Path | None
-    classes: tuple[tuple[int, int], ...] = ((0, 0), (1, 1))  # value in the file -> our class
+    classes: Classes = ((0, 0), (1, 1))
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -155,20 +149,11 @@ def read_tree(root: Path, asked: Asked) -> Iterator[Study]:
             yield Study(f"{patient}/{real.name}", patient, "petct", Source(ct), Source(pet), seg)
 
 
-class Challenge(NamedTuple):
-    """How a year of BraTS ends the names of a case's files, and what its labels are."""
-
-    flair: str
-    t1gd: str
-    patient: str  # in a case's name
-    classes: tuple[tuple[int, int], ...]
-
-
-BRATS = (  # labels: necrotic core, edema, enhancing tumour, and of 2024 the resection cavity
-    Challenge("flair", "t1ce", r".+", ((0, 0), (1, 2), (2, 1), (4, 2))),  # 2018-2021
-    Challenge(
-        "t2f", "t1c", r"BraTS-\w+-\d+", ((0, 0), (1, 2), (2, 1), (3, 2), (4, 0))
-    ),  # 2023, 2024
+# How 2018-2021, then 2023 and 2024 end the names of a case's FLAIR and T1Gd, where a case's name
+# tells the patient, and the labels: necrotic core, edema, enhancing tumour, resection cavity.
+BRATS = (
+    ("flair", "t1ce", r".+", ((0, 0), (1, 2), (2, 1), (4, 2))),
+    ("t2f", "t1c", r"BraTS-\w+-\d+", ((0, 0), (1, 2), (2, 1), (3, 2), (4, 0))),
 )
 
 
@@ -176,16 +161,15 @@ def read_brats(root: Path, asked: Asked) -> Iterator[Study]:
     """BraTS as it is distributed: a folder for each case, perhaps below HGG and LGG."""
     for folder, _ in folders(root):
         ends = {re.split("[_-]", stem)[-1].lower(): stem for stem in stems(folder)}
-        for year in BRATS:
-            if not {year.flair, year.t1gd} & ends.keys():
+        for flair, t1gd, patients, classes in BRATS:
+            if not {flair, t1gd} & ends.keys():
                 continue
-            case, between = re.match(r"(.*)([_-])", next(iter(ends.values()))).groups()
-            names = [ends.get(end, f"{case}{between}{end}") for end in (year.flair, year.t1gd)]
+            case = re.match(r"(.*[_-])?", next(iter(ends.values())))[0]
+            images = [Source(nifti(folder, ends.get(end, case + end))) for end in (flair, t1gd)]
             masks = [stem for stem in ends.values() if "seg" in stem.lower()]
-            mask = nifti(folder, masks[0] if masks else f"{case}{between}seg")
-            patient = re.match(year.patient, folder.name)
-            images = [Source(nifti(folder, name)) for name in names]
-            yield Study(folder.name, patient and patient[0], "mri", *images, mask, year.classes)
+            mask = nifti(folder, masks[0] if masks else f"{case}seg")
+            patient = re.match(patients, folder.name)
+            yield Study(folder.name, patient and patient[0], "mri", *images, mask, classes)
 
 
 class Dataset(NamedTuple):
@@ -194,7 +178,7 @@ class Dataset(NamedTuple):
     kind: str
     slots: tuple[int, int]  # the channels of ct and pet
     channels: int
-    classes: tuple[tuple[int, int], ...]
+    classes: Classes
     listed: list[str]  # cases that it names for training
     images: Path
     masks: Path
@@ -203,9 +187,9 @@ class Dataset(NamedTuple):
 
 def read_dataset(root: Path, asked: Asked) -> Dataset | None:
     """The dataset.json in `root` or, as `root` may be an images folder to predict, beside it."""
-    beside = not asked.labelled and not (root / "dataset.json").is_file()
+    beside = not asked.labelled and not (root / "dataset.json").exists()
     path = (root.parent if beside else root) / "dataset.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     content, notes = read_json(path), []
     test = not asked.labelled and stems(root / "imagesTs")
@@ -214,7 +198,7 @@ def read_dataset(root: Path, asked: Asked) -> Dataset | None:
     try:
         names = content.get("channel_names") or content["modality"]
         known = asked.channels or name_official(names, stems(images), notes)
-        kind, slots = find_channels(path, known)
+        kind, slots = find_channels("--channels" if asked.channels else path, known)
         classes = ((0, 0),)  # no masks, no labels to understand
         if asked.labelled:
             classes = find_classes(path, kind, content["labels"], asked.lesions, notes)
@@ -240,11 +224,19 @@ def name_official(names: dict[str, str], files: list[str], notes: list[str]) -> 
     return {"0": "CT", "1": "SUV"}
 
 
-def find_channels(path: Path, names: dict) -> tuple[str, tuple[int, int]]:
+def channels_by_number(words) -> dict[int, str]:
+    """{0: "ct", 1: "pet"} of ("ct=0", "pet=1"). Raises UserError."""
+    for word in words:
+        if not re.fullmatch(r"\w+=\d+", word):
+            raise UserError(f"--channels {word}: expected names and numbers such as ct=0 pet=1.")
+    return {int(number): name for name, number in (word.split("=") for word in words)}
+
+
+def find_channels(path: Path | str, names: dict) -> tuple[str, tuple[int, int]]:
     """Kind of data and the channels of ct and pet, by the names in dataset.json."""
     plain = {int(i): re.sub(r"[^a-z0-9]", "", str(name).lower()) for i, name in names.items()}
-    for kind, slots in CHANNEL_NAMES.items():
-        ct, pet = ([i for i, n in plain.items() if n in slots[slot]] for slot in ("ct", "pet"))
+    for kind, patterns in CHANNEL_NAMES.items():
+        ct, pet = ([i for i, n in plain.items() if re.fullmatch(p, n)] for p in patterns)
         if len(ct) == len(pet) == 1:
             return kind, (ct[0], pet[0])
     raise UserError(
@@ -254,13 +246,9 @@ def find_channels(path: Path, names: dict) -> tuple[str, tuple[int, int]]:
     )
 
 
-def find_classes(
-    path: Path, kind: str, labels: dict, lesions: tuple[int, ...], notes: list[str]
-) -> tuple[tuple[int, int], ...]:
-    """Value in the label file -> our class, from `labels` of dataset.json in either direction.
-
-    A name may have several values (a region), and a value several names.
-    """
+def find_classes(path: Path, kind: str, labels: dict, lesions, notes: list[str]) -> Classes:
+    """Value in the label file -> our class, from `labels` of dataset.json in either direction. A
+    name may have several values (a region), and a value several names."""
     names: dict[int, list[str]] = {}
     for key, label in labels.items():
         name, values = (label, key) if str(key).isdecimal() else (key, label)
@@ -286,11 +274,9 @@ def find_classes(
         classes = dict.fromkeys(parts, 1)
     if kind == "petct" and (1 not in classes.values() or not {*lesions} <= {*parts}):
         raise refuse("Say which values are lesions: --lesion-labels 1 2")
-    told = [
-        ", ".join(f"{v} {' '.join(parts[v])}" for v in parts if classes[v] == c) for c in (1, 0)
-    ]
-    if kind == "petct" and told[1]:
-        notes.append(f"lesions: {told[0]}; background: {told[1]}")
+    own = {c: [f"{v} {' '.join(parts[v])}" for v in parts if classes[v] == c] for c in (1, 0)}
+    if kind == "petct" and own[0]:
+        notes.append(f"lesions: {', '.join(own[1])}; background: {', '.join(own[0])}")
     return ((0, 0), *classes.items())
 
 
@@ -331,7 +317,8 @@ def read_images(root: Path, asked: Asked) -> Iterator[Study | str]:
     cases = [stem.removesuffix("_0001") for stem in stems(root) if stem.endswith("_0001")]
     if asked.labelled or not cases:
         return
-    kind, slots = find_channels(root, asked.channels or {0: "CT", 1: "PET"})
+    names = asked.channels or {0: "CT", 1: "PET"}
+    kind, slots = find_channels("--channels" if asked.channels else root, names)
     if not asked.channels:
         yield "no dataset.json: _0000 is taken for CT and _0001 for PET (else: --channels)"
     for case in cases:
@@ -345,15 +332,22 @@ class Layout(NamedTuple):
     name: str
     sign: str  # what lies there
     read: Callable[[Path, Asked], Iterator[Study | str]]  # studies, and notes for the user
+    flags: tuple[str, ...] = ()  # the options that it reads
 
 
-LAYOUTS = (  # the first that yields a study counts
-    Layout("nnU-Net raw", "dataset.json, imagesTr/<id>_0000.nii.gz", read_nnunet),
-    Layout("Medical Segmentation Decathlon", "dataset.json, imagesTr/<id>.nii.gz", read_decathlon),
+DESCRIBED = ("--channels", "--lesion-labels")  # in place of what dataset.json says
+LAYOUTS = (  # a folder has the first that yields a study; others may see the same files
+    Layout("nnU-Net raw", "dataset.json, imagesTr/<id>_0000.nii.gz", read_nnunet, DESCRIBED),
+    Layout(
+        "Medical Segmentation Decathlon", "dataset.json, imagesTr/<id>.nii.gz", read_decathlon,
+        DESCRIBED,
+    ),
     Layout("AutoPET (TCIA)", "PETCT_*/<study>/{SUV,CTres,SEG}.nii.gz", read_tree),
     Layout("BraTS", "<case>/<case>_{flair,t1ce,seg}.nii.gz or -{t2f,t1c,seg}", read_brats),
-    Layout("images to predict", "<id>_0000.nii.gz, <id>_0001.nii.gz", read_images),
-)
+    Layout(
+        "images to predict", "<id>_0000.nii.gz, <id>_0001.nii.gz", read_images, DESCRIBED[:1]
+    ),
+)  # fmt: skip
 UNREAD = (  # what else may lie there: its name, what it is, and what to do
     (r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
     (r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
@@ -366,42 +360,52 @@ UNREAD = (  # what else may lie there: its name, what it is, and what to do
 
 def explain_nothing(root: Path) -> str:
     """What lies below a folder in which no layout was recognised, and what to do."""
+    described = (root / "dataset.json").exists()  # then that file and imagesTr are in their place
     for path, names, files in os.walk(root):
-        for sign, what, remedy in UNREAD:
+        for sign, what, remedy in UNREAD[2 * described :] if path == str(root) else UNREAD:
             if hits := [n for n in sorted(names + files) if re.fullmatch(sign, n, re.IGNORECASE)]:
                 return f"{what.format(folder=path, file=Path(path, hits[0]))}. {remedy}."
+    if described:
+        return "No .nii.gz or .nii lies in its imagesTr. Copy the images there."
     return "Expected " + ", or ".join(f"{row.sign} ({row.name})" for row in LAYOUTS) + "."
 
 
 def find_studies(root: Path, labelled: bool = True, channels=(), lesion_labels=()) -> Found:
     """All studies below `root`, whichever layout it has, and what is missing or there twice.
 
-    labelled: training and evaluation need a mask per study; prediction does not (then imagesTs is
-    taken before imagesTr, and `root` may also be an images folder or a single study). channels:
-    such as ("ct=0", "pet=1"), where the names in dataset.json do not tell. lesion_labels: values.
-    Raises UserError if nothing that looks like a study is there.
+    labelled: a mask per study is needed; without, imagesTs is taken before imagesTr, and `root` may
+    also be an images folder or a single study. channels: such as ("ct=0", "pet=1"), where the names
+    in dataset.json do not tell. Raises UserError if nothing that looks like a study is there.
     """
     if not root.is_dir():
         what = "a file" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}. Give --data the folder that holds the studies, unpacked.")
-    given = {int(number): name for name, number in (word.split("=") for word in channels)}
-    asked = Asked(labelled, given, tuple(lesion_labels))
-    for layout in LAYOUTS:
-        items = list(layout.read(root, asked))
-        if wanted := [item for item in items if isinstance(item, Study)]:
-            break
-    else:
+    asked = Asked(labelled, channels_by_number(channels), tuple(lesion_labels))
+    read = {layout: list(layout.read(root, asked)) for layout in LAYOUTS}
+    seen_by = {row: [s for s in items if isinstance(s, Study)] for row, items in read.items()}
+    seen_by = {row: own for row, own in seen_by.items() if own}
+    if not seen_by:
         raise UserError(f"{root}: no studies found. {explain_nothing(root)}")
+    (layout, wanted), *others = seen_by.items()
+    files = {source.path for study in wanted for source in study.sources.values()}
+    for other, own in others:
+        if files.isdisjoint(source.path for study in own for source in study.sources.values()):
+            raise UserError(
+                f"{root}: holds {layout.name} and {other.name} ({own[0].name}). Give a folder that "
+                "holds one of them."
+            )
+    lesions = labelled and wanted[0].kind == "petct"  # of MRI the labels' names alone tell
+    told = ((channels, True), (lesion_labels, lesions))
+    for flag, (given, used) in zip(DESCRIBED, told, strict=True):
+        if given and not (used and flag in layout.flags):
+            raise UserError(f"{flag} has no effect on {layout.name} here. Leave it out.")
     studies, findings, seen, spelling = [], [], {}, {}
     for study in wanted:
         patient = study.patient or study.name  # ids that differ in case only are one patient
         patient = spelling.setdefault(patient.lower(), patient)
         study = replace(study, patient=patient, label=study.label if labelled else None)
-        lack = [
-            Finding(str(path), found, remedy.format(study.name))
-            for path in sorted({s.path for s in study.sources.values()})
-            for found, remedy in misplaced(path)
-        ]
+        paths = sorted({source.path for source in study.sources.values()})
+        lack = [finding for path in paths for finding in misplaced(path, study.name)]
         if study.name in seen:
             twice = f"duplicate case {study.name}, also in {seen[study.name]}"
             findings.append(Finding(str(study.pet.path), twice, "Keep one of the two"))
@@ -409,20 +413,20 @@ def find_studies(root: Path, labelled: bool = True, channels=(), lesion_labels=(
             studies.append(study)
         findings += lack
         seen.setdefault(study.name, study.pet.path.parent)
-    notes = [item for item in items if isinstance(item, str)]
+    notes = [item for item in read[layout] if isinstance(item, str)]
     known = all(study.patient for study in wanted)
     return Found(wanted[0].kind, layout.name, studies, findings, known, notes)
 
 
-def misplaced(path: Path) -> Iterator[tuple[str, str]]:
-    """What is wrong with a file before it is opened, and what to do."""
+def misplaced(path: Path, study: str) -> Iterator[Finding]:
+    """What is wrong with a file before it is opened."""
     if not path.exists():
-        yield "missing file", "Copy it there, or take {} out"
+        yield Finding(str(path), "missing file", f"Copy it there, or take {study} out")
     elif not path.is_file():  # reading a pipe would wait for ever
-        yield "not a file", "Replace it, or take {} out"
+        yield Finding(str(path), "not a file", f"Replace it, or take {study} out")
     stem = END.sub("", path.name)
     if all(path.with_name(stem + end).exists() for end in NIFTI):
-        yield "there as .nii and as .nii.gz", "Keep one of the two"
+        yield Finding(str(path), "there as .nii and as .nii.gz", "Keep one of the two")
 
 
 # ------------------------------------------------------------------ reading and checking one study
@@ -449,11 +453,8 @@ def gunzip(raw: bytes) -> bytes:
 
 
 def read_nifti(path: Path, channels: int | None = None) -> Volume:
-    """Read and check a 3D file, or a 4D file of so many channels.
-
-    The whole gzip stream is read, so that its checksum is tested. Raises BadStudy: damaged, not
-    NIfTI, other axes, impossible spacing, affine not invertible, NaN or Inf.
-    """
+    """Read and check a 3D file, or a 4D file of so many channels. Raises BadStudy: damaged (the
+    checksum is tested), not NIfTI, other axes, impossible spacing or affine, NaN or Inf."""
 
     def bad(found: str, remedy: str = "Download or convert it again") -> BadStudy:
         return BadStudy(Finding(str(path), found, remedy))
@@ -466,7 +467,8 @@ def read_nifti(path: Path, channels: int | None = None) -> Volume:
     try:
         kind = nib.Nifti2Image if nib.Nifti2Header.may_contain_header(raw) else nib.Nifti1Image
         image, header = kind.from_bytes(raw), kind.header_class
-        spacing = header(raw[: header.sizeof_hdr], check=False)["pixdim"][1:4]  # not yet mended
+        plain = header(raw[: header.sizeof_hdr], check=False)  # not yet mended
+        spacing, slope = plain["pixdim"][1:4], plain["scl_slope"]
     except Exception as error:  # any failure of the parser means the same to the user
         raise bad(f"not a NIfTI file ({error})") from None
     shape, affine, stored = image.shape, image.affine, image.dataobj
@@ -479,6 +481,8 @@ def read_nifti(path: Path, channels: int | None = None) -> Volume:
         raise bad(f"wrong dimensions {shape} of type {stored.dtype}", f"Expected {expected}")
     if not (np.isfinite(spacing) & (spacing > 0)).all():
         raise bad(f"spacing {spacing.tolist()} mm is not above zero", "Correct its pixdim")
+    if np.isinf(slope):  # which nibabel takes for no scaling; NaN means that
+        raise bad("scl_slope is infinite")
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-12:
         raise bad("the affine is not invertible", "Correct sform and qform in its header")
     steps = np.linalg.norm(affine[:3, :3], axis=0)
@@ -505,7 +509,7 @@ def placement(header) -> tuple[bool, bool]:
     return True, bool((own[0][:3, :3] @ np.linalg.inv(own[1][:3, :3]))[0, 0] < 0)
 
 
-def read_label(path: Path, classes: tuple[tuple[int, int], ...]) -> Volume:
+def read_label(path: Path, classes: Classes) -> Volume:
     """Read a mask as uint8 classes. Raises BadStudy for a value outside `classes`."""
     volume = read_nifti(path)
     data = volume.data
@@ -536,25 +540,19 @@ def difference(a: Volume, b: Volume, name: str) -> str:
 
 
 def read_study(study: Study) -> dict[str, Volume]:
-    """The images of a study by slot: ct, pet and, if it has a mask, label, all on one grid.
-
-    Raises BadStudy with every finding, not only the first.
-    """
-    reads = {s.path: partial(read_nifti, s.path, s.channels) for s in (study.pet, study.ct)}
-    if study.label:
-        reads[study.label] = partial(read_label, study.label, study.classes)
+    """The images of a study by slot: ct, pet and, if it has a mask, label, all on one grid. Raises
+    BadStudy with every finding, not only the first."""
     files, findings, volumes = {}, [], {}
-    for path, read in reads.items():  # each once: a 4D file holds both images
-        try:
-            files[path] = read()
+    for path, channels in {s.path: s.channels for s in study.sources.values()}.items():
+        try:  # each file once: a 4D file holds both images
+            label = path == study.label
+            files[path] = read_label(path, study.classes) if label else read_nifti(path, channels)
         except BadStudy as error:
             findings += error.findings
     for slot, (path, channel, _) in study.sources.items():
         if path in files:
-            data = files[path].data
-            volumes[slot] = files[path]._replace(
-                data=data if channel is None else data[..., channel]
-            )
+            part = ... if channel is None else (..., channel)
+            volumes[slot] = files[path]._replace(data=files[path].data[part])
     for slot, volume in volumes.items():
         if found := difference(volume, volumes.get("pet", volume), study.pet.path.name):
             path = str(study.sources[slot].path)
@@ -577,11 +575,9 @@ def judge(study: Study, volumes: dict[str, Volume], allow=()) -> dict:
             remedy = f"{check.remedy}{pass_it}"
             raise BadStudy(Finding(str(study.sources[check.slot].path), found, remedy))
         allowed.add(check.name)
-    placed = all(volume.placed for volume in volumes.values())
-    return {n: measured.get(n) for n in ("suv", "hu")} | {
-        "placed": placed,
-        "allowed": sorted(allowed),
-    }
+    facts = {name: measured.get(name) for name in ("suv", "hu")}
+    facts["placed"] = all(volume.placed for volume in volumes.values())
+    return facts | {"allowed": sorted(allowed)}
 
 
 def summarize(facts: list[dict]) -> list[str]:
@@ -604,28 +600,34 @@ def list_findings(findings: list[Finding]) -> str:
     return f"{len(findings)} problems in {files} files:\n{lines}"
 
 
-def report(root: Path, labelled: bool, channels, lesion_labels, allow) -> None:
-    """Print what a folder holds. Raises UserError with all findings, if there are any."""
-    found = find_studies(root, labelled, channels, lesion_labels)
-    first = found.studies[0] if found.studies else None
+def run_command(argv: list[str] | None = None) -> None:
+    """python studies.py: what a folder holds. Raises UserError with all findings, if any."""
+    parser = Parser(description="What a folder of studies holds, and its faults.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--predict", action="store_true", help="studies without masks")
+    parser.add_argument("--channels", nargs="+", default=(), metavar="", help="such as ct=0 pet=1")
+    parser.add_argument("--lesion-labels", nargs="+", type=int, default=(), metavar="")
+    parser.add_argument("--allow", nargs="+", default=(), choices=ALLOWABLE)
+    args = parser.parse_args(argv)
+    found = find_studies(args.folder, not args.predict, args.channels, args.lesion_labels)
 
     def check(study: Study) -> dict | BadStudy:
         try:
             volumes = read_study(study)
-            return judge(study, volumes, allow) | {
-                "lesion": "label" in volumes and bool(volumes["label"].data.any())
-            }
+            lesion = "label" in volumes and volumes["label"].data.any()
+            return judge(study, volumes, args.allow) | {"lesion": lesion}
         except BadStudy as error:
             return error
 
     print(f"layout     {found.layout}, {found.kind}")
     for note in found.notes:
         print(f"           {note}")
-    for slot, source in first.sources.items() if first else ():
-        channel = "" if source.channel is None else f", channel {source.channel}"
-        print(f"{slot:<11}{source.path}{channel}")
-    if labelled and first:
-        print(f"labels     value in the file -> class: {dict(first.classes)}")
+    for first in found.studies[:1]:
+        for slot, source in first.sources.items():
+            channel = "" if source.channel is None else f", channel {source.channel}"
+            print(f"{slot:<11}{source.path}{channel}")
+        if first.label:
+            print(f"labels     value in the file -> class: {dict(first.classes)}")
     count = len(found.studies)
     with ThreadPoolExecutor(2) as pool:
         results = list(progress(pool.map(check, found.studies), "check", "study", count))
@@ -639,18 +641,6 @@ def report(root: Path, labelled: bool, channels, lesion_labels, allow) -> None:
     if findings := found.findings + bad:
         raise UserError(list_findings(findings))
     print("no problem was found")
-
-
-def run_command(argv: list[str] | None = None) -> None:
-    """python studies.py: see the top of the file."""
-    parser = argparse.ArgumentParser(description="What a folder of studies holds, and its faults.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--predict", action="store_true", help="studies without masks")
-    parser.add_argument("--channels", nargs="+", default=(), metavar="", help="such as ct=0 pet=1")
-    parser.add_argument("--lesion-labels", nargs="+", type=int, default=(), metavar="")
-    parser.add_argument("--allow", nargs="+", default=(), choices=ALLOWABLE)
-    args = parser.parse_args(argv)
-    report(args.folder, not args.predict, args.channels, args.lesion_labels, args.allow)
 
 
 if __name__ == "__main__":

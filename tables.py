@@ -6,6 +6,7 @@ tables of a search, Tables 3-5. Numbers only; plots.py draws some of them.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable
@@ -553,8 +554,9 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
 def tested_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
     """test_studies.csv by study, its metrics numbers. Raises UserError if it is damaged."""
     with reading(run / "test_studies.csv", "Remove summary.json; --resume tests the run again"):
-        studies = pd.read_csv(run / "test_studies.csv", index_col="study")
-        if studies["has_lesion"].dtype != bool or studies.index.hasnans:
+        text = (run / "test_studies.csv").read_text(encoding="utf-8")
+        studies = pd.read_csv(io.StringIO(text), index_col="study")
+        if not text.endswith("\n") or studies["has_lesion"].dtype != bool or studies.index.hasnans:
             raise ValueError("a row is cut short")
         return studies.astype({metric.column.format(""): float for metric in metrics})
 
@@ -674,6 +676,9 @@ def paper_table(
 def write_paper_table(number: int, root: Path, out: Path, given=()) -> str:
     """Write table<number>.csv, with all groups, and .md; the Markdown, which also reads as text."""
     found, others = paper_table(number, root, given)
+    if not others and not any(table["runs"].any() for _, table, _ in found):
+        why = f"no run of Table {number} with test results"
+        raise UserError(f"{root}: {why}. Give the folder that holds them.")
     texts = [f"**{about}**\n\n{text}" if about else text for about, _, text in found]
     if others:
         texts.append("\n\n".join(["Other settings, in no row (see --with):", *others]))

@@ -3,8 +3,6 @@
 train() is the loop; the rest of the file is what it calls, in this order.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time
@@ -22,20 +20,12 @@ from tqdm import tqdm
 import plots
 import runs
 from cache import Case
-from config import Config, add_flags, as_options, plain, title, versions_in_words
+from config import LAUNCH, Config, add_flags, as_options, check, plain, title, versions_in_words
 from console import Log
 from data import Loader, Patches, Schedule, add_noise, lend_ct, shuffle_voxels
 from devices import Ranks, autocast, choose_amp, choose_device, describe, use_threads
-from eval import (
-    best_threshold,
-    call_tumors,
-    evaluate,
-    see,
-    tumor_scores,
-    validation,
-    write_results,
-)
-from files import UserError, command_line, reading, write_json
+from eval import call_tumors, evaluate, see, tumor_threshold, validation, write_results
+from files import Parser, UserError, command_line, reading, write_json
 from losses import gradient_norms
 from mirror_unet import Network, count_parameters
 from tables import results_table, rows_of
@@ -61,9 +51,7 @@ class State:
 
 def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
     """Train, validate and test one run; returns {"run", "epochs", "val_dice", "test": {...}}.
-
-    report: called after each epoch with its row of metrics.csv. Raises UserError for bad input.
-    """
+    report: called after each epoch with its row of metrics.csv. Raises UserError for bad input."""
     device = choose_device(config.device)
     ranks = Ranks(device)
     use_threads(config.threads, ranks.say)
@@ -116,26 +104,22 @@ def open_on_all(config: Config, ranks: Ranks) -> tuple[Config, list[Case]]:
 
 
 def refuse_batches(config: Config, model: Network, world: int, studies: int) -> None:
+    batch = f"--batch-size {config.batch_size}"
     if config.batch_size > max(crops := studies * config.crops, 4):
-        raise UserError(
-            f"--batch-size {config.batch_size}: more than the {crops} crops of an epoch, of "
-            f"{studies} training studies. Use a smaller one, or more --crops."
-        )
+        what = f"more than the {crops} crops of an epoch, of {studies} training studies"
+        raise UserError(f"{batch}: {what}. Use a smaller one, or more --crops.")
     if config.batch_size % world:
-        raise UserError(f"--batch-size {config.batch_size} does not divide by {world} devices.")
+        raise UserError(f"{batch} does not divide by {world} devices.")
     if max(config.patch) <= model.least and config.batch_size == world:
-        raise UserError(
-            f"--patch {config.patch} with one crop per device leaves batch norm a single value at "
-            "the bottom. Use a larger --patch or --batch-size."
-        )
+        why = "with one crop per device leaves batch norm a single value at the bottom"
+        raise UserError(f"--patch {config.patch} {why}. Use a larger --patch or --batch-size.")
 
 
 def load_crops(cases: list[Case], state: State) -> Loader:
     """The batches of an epoch: --steps, or every study --crops times."""
     config, ranks = state.config, state.ranks
-    crops = Patches(
-        cases, config.patch, config.seed, config.lesion_p, config.class_label, config.ct
-    )
+    how = config.lesion_p, config.class_label, config.ct
+    crops = Patches(cases, config.patch, config.seed, *how)
     steps = config.steps or -(-len(cases) * config.crops // config.batch_size)
     schedule = Schedule(steps, config.batch_size, ranks.rank, ranks.world)
     return Loader(crops, schedule, config.workers, pinned=state.device.type == "cuda")
@@ -244,10 +228,8 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
     seconds = time.perf_counter() - started
     loss = sum(means.values())
     if not math.isfinite(loss):
-        raise UserError(
-            f"{state.run}: the loss is {loss} in epoch {epoch + 1}. The checkpoint before it is "
-            "kept; try a lower --lr, or --amp none."
-        )
+        remedy = "The checkpoint before it is kept; try a lower --lr, or --amp none"
+        raise UserError(f"{state.run}: the loss is {loss} in epoch {epoch + 1}. {remedy}.")
     ranks.average_buffers(state.model)
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss, **means}
     row |= {f"grad_{name}": norm for name, norm in norms.items()}
@@ -283,11 +265,9 @@ def test(state: State, val: list[Case], cases: list[Case]) -> dict:
     mine = slice(ranks.rank, None, ranks.world)
     bar = "test" if ranks.main else ""
     scored = ranks.gather(evaluate(state.model, cases[mine], config, state.device, bar=bar))
-    threshold = None
-    if state.model.variant.tumor:
-        scores = tumor_scores(state.model, val[mine], config, state.device)
-        threshold = best_threshold(ranks.gather(scores))
-        call_tumors(scored, threshold)
+    told = state.model, val[mine], config, state.device
+    threshold = tumor_threshold(*told, gather=ranks.gather)
+    call_tumors(scored, threshold)
     if ranks.main:
         plots.pictures(run, state.model, cases, config, state.device)
         facts = {
@@ -306,9 +286,7 @@ def test(state: State, val: list[Case], cases: list[Case]) -> dict:
     return runs.result_of(run)
 
 
-def resume_or_start(
-    run: Path, config, device, ranks: Ranks, model, goes_on: bool, studies: dict | None = None
-) -> State:
+def resume_or_start(run: Path, config, device, ranks, model, goes_on, studies=None) -> State:
     """The state of a run before its next epoch, from last.pt if it goes on. Raises UserError if its
     studies are no longer those that it began with."""
     model = model.to(device, memory_format=torch.channels_last_3d)
@@ -360,7 +338,7 @@ def save_epoch(state: State, row: dict) -> None:
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config; with --resume, on top of what the run in --out has saved."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train Mirror U-Net, then test it. Without --data on a simulated cohort.",
         epilog=versions_in_words(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -370,8 +348,15 @@ def parse(argv: list[str] | None = None) -> Config:
     resume, run = given.get("resume"), Path(given.get("out", ""))
     if resume and "out" not in given:
         raise UserError("--resume: say which run with --out RUN_FOLDER.")
-    saved = resume and (run / "config.json").exists()
-    return replace(runs.saved_config(run) if saved else Config(), **given)
+    files = ("config.json", "last.pt", "best.pt", "summary.json")  # of a run that began
+    saved = resume and any((run / name).exists() for name in files)
+    if not saved:
+        return Config(**given)
+    config = runs.saved_config(run)
+    # said before what another version or Φ does not read; auto may stand for the same precision
+    own = {name: getattr(check(Config(**given)), name) for name in given if name not in LAUNCH}
+    runs.refuse_settings(run, plain(config), plain(replace(config, **own | {"amp": config.amp})))
+    return replace(config, **given)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import config as options
 import runs
 from config import Config, plain
 from devices import choose_device
-from files import UserError, command_line, read_json, write_json
+from files import Parser, UserError, command_line, read_json, write_json
 from mirror_unet import VARIANTS
 from runs import ENDED, Busy, look, only_writer, read_metrics
 from studies import find_studies
@@ -359,7 +359,7 @@ def schedule(args: argparse.Namespace, trials: list[Config], todo: list[Config])
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """The search's own options, and those of train.py that hold for all trials."""
-    parser = argparse.ArgumentParser(description="Options of train.py hold for all trials.")
+    parser = Parser(description="Options of train.py hold for all trials.")
     command = parser.add_mutually_exclusive_group(required=True).add_argument
     command("--search", choices=(*SPACES, "free"), help="see the README; free: sampled, with ASHA")
     command("--report", metavar="DIR", help="print the tables of a search folder")
@@ -384,6 +384,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         args.samples = int(args.samples)
     if args.max_concurrent is not None and args.max_concurrent < 1:
         raise UserError(f"--max-concurrent {args.max_concurrent}: at least 1.")
+    for name in ("gpus_per_trial", "cpus_per_trial"):
+        if (given := getattr(args, name)) is not None and not 0 <= given <= options.MOST:
+            raise UserError(f"{options.flag_of(name)} {given:g}: a number, at least 0.")
     if args.seed and min(args.seed) < 0:
         raise UserError(f"--seed {min(args.seed)}: the least is 0.")
     args.out = Path(args.out or f"runs/{args.search}").resolve()

@@ -43,6 +43,9 @@ def test_json_that_cannot_be_read(tmp_path, raw):
     [
         (UserError("x: bad. Mend it."), 2, "error: x: bad. Mend it."),
         (PermissionError(13, "Denied", "x"), 2, "error: x: Denied. Choose another path."),
+        (MemoryError("Unable to allocate 9 TiB"), 2, "error: out of memory (Unable to allocate 9"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory (CUDA out of memory."),
+        (RuntimeError("can't allocate memory: 9\nC++"), 2, "error: out of memory (can't allocate"),
         (KeyboardInterrupt(), 130, "stopped; what was finished is kept"),
     ],
 )
@@ -62,6 +65,8 @@ def test_a_command_ends_with_one_line(error, code, line, capsys):
         assert "error: x: the disk is full, " in capsys.readouterr().err
     with pytest.raises(OSError, match="unknown"):  # ours to mend: with its traceback
         command_line(lambda: (_ for _ in ()).throw(OSError("unknown")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        command_line(lambda: (_ for _ in ()).throw(RuntimeError("shapes")))
 
 
 def test_only_what_dead_processes_left_is_swept(tmp_path):

@@ -40,12 +40,12 @@ def nnunet(cases, channels, labels, arrays, splits=False):
     return write
 
 
-def brats(folders, suffixes, between, end, labels, mask="seg"):
+def brats(folders, suffixes, between, end, labels, mask="seg", named=True):
     """A writer of BraTS; labels: the values of background, edema, core and enhancing tumour."""
 
     def write(root):
         for i, folder in enumerate(folders):
-            made, case = mri_arrays(i), folder.split("/")[-1]
+            made, case = mri_arrays(i), folder.split("/")[-1] if named else ""
             for suffix, name in suffixes.items():
                 write_nifti(root / folder / f"{case}{between}{suffix}{end}", made[name], las())
             seg = np.choose(made["label"], labels).astype(np.uint8)
@@ -124,6 +124,8 @@ ROWS = {
                           {"lesion_labels": (1, 2)}, [*"abc"], [*"abc"], []),
     "BraTS 2018": (brats(IN_2018, MRI, "_", ".nii.gz", OLD), {},
                    [n[4:] for n in IN_2018], [n[4:] for n in IN_2018], []),
+    "BraTS, cases named by folders": (
+        brats(T2, MRI, "", ".nii.gz", OLD, named=False), {}, T2, T2, []),
     "BraTS 2020": (brats(T2, MRI, "_", ".nii", OLD, mask="W39_1998.09.19_Segm"), {}, T2, T2, []),
     "BraTS 2024": (brats(IN_2024, MRI_2023, "-", ".nii.gz", NEW), {}, IN_2024,
                    [name[:15] for name in IN_2024], []),
