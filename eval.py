@@ -11,6 +11,7 @@ import gzip
 import itertools
 import math
 import sys
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from config import Config, add_flags, as_options, flag_of, read_settings
 from data import lend_ct
 from devices import autocast
 from files import Parser, UserError, atomic, command_line, progress, read_json, write_json
-from mirror_unet import DATA_NAMES, UNIONS, decide, margins
+from mirror_unet import DATA_NAMES, UNIONS, Variant, decide, margins
 from runs import load_run, open_data, save_config, saved_splits
 from studies import BadStudy, find_studies, list_findings
 
@@ -211,6 +212,9 @@ def see(images: Tensor, modality: str) -> Tensor:
 def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.ndarray, float]:
     """Margins (K, W, H, D) of the first of `heads` for one preprocessed study and, if "tumor" is
     another, the highest tumour probability of a window (else NaN). Only `heads` are computed."""
+    if isinstance(model, Ensemble):
+        margins_of = (infer(net, image, own, device)[0] for net, own in model.members)
+        return sum(margins_of) / len(model.members), math.nan
 
     @torch.inference_mode()
     def run(windows: Tensor):
@@ -430,6 +434,33 @@ def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):
     return LateFusion(*networks, mode), *opened[0][1:]
 
 
+@dataclass(frozen=True)
+class Ensemble:
+    """Trained networks, each with its config, whose margins infer averages."""
+
+    members: list[tuple]
+    variant: Variant
+    branches = ()  # the mask alone
+
+
+def open_runs(runs: list[Path], checkpoint: str, given: dict):
+    """As load_run, of one run or of several as an ensemble, whose other results are those of the
+    first. Raises UserError if their kind, spacing or classes differ."""
+    opened = [load_run(run, checkpoint, given) for run in runs]
+    model, config, *_ = opened[0]
+    for run, (other, own, *_) in zip(runs, opened, strict=True):
+        for name, a, b in (
+            ("kind", own.kind, config.kind), ("spacing", own.spacing, config.spacing),
+            ("classes", other.variant.classes, model.variant.classes),
+        ):  # fmt: skip
+            if a != b:
+                raise UserError(f"{run}: its {name} differ from those of {runs[0]}. Leave it out.")
+    if len(runs) > 1:
+        members = [(net, own) for net, own, *_ in opened]
+        model = Ensemble(members, replace(model.variant, tumor=None))
+    return model, *opened[0][1:]
+
+
 def choose_cases(run: Path, part: str | None, given: dict, cases: list[Case]):
     """The part to evaluate and its studies: one of the run's own splits ("test" by default), or
     "all" of another --data. Says so if the run has seen some of them."""
@@ -450,15 +481,19 @@ def choose_cases(run: Path, part: str | None, given: dict, cases: list[Case]):
 
 
 def evaluate_runs(runs: list[Path], args, given: dict):
-    """Evaluate a run, or the late fusion of two, on a part of its splits, or on all studies of
-    another --data: its name, the summary, the kind of data and the names of the studies."""
+    """Evaluate a run, the late fusion of two or an ensemble, on a part of its splits, or on all
+    studies of another --data: its name, the summary, the kind of data and the studies' names."""
     run, mode = runs[0], args.late_fusion
+    apart = any(saved_splits(other) != saved_splits(run) for other in runs)
+    if args.ensemble and apart and "data" not in given:
+        raise UserError(f"{run}: the other runs have other splits. Give --data that none has seen.")
     if mode:
         model, config, device, weights = fuse_late(runs, mode, args.checkpoint, given)
         folder = args.out or run.parent / f"late_fusion_{mode}"
     else:
-        model, config, device, weights = load_run(run, args.checkpoint, given)
-        folder = args.out / run.name if args.out else run / "evaluation"
+        model, config, device, weights = open_runs(runs, args.checkpoint, given)
+        own = args.out / run.name if args.out else run / "evaluation"
+        folder = args.out if args.ensemble else own
     if (folder / "metrics.csv").exists():
         raise UserError(f"{folder}: holds a run, whose results would be lost. Use another --out.")
     config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
@@ -473,7 +508,8 @@ def evaluate_runs(runs: list[Path], args, given: dict):
     if mode:  # as a run has them, for the paper's Table 3
         save_config(folder, config, device.type, late_fusion=mode, runs=[str(run) for run in runs])
         write_json(folder / "splits.json", saved_splits(run))
-    return str(folder if mode else run), summary, config.kind, {row["study"] for row in rows}
+    name = str(folder if mode or args.ensemble else run)
+    return name, summary, config.kind, {row["study"] for row in rows}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -484,6 +520,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     told = "--table of runs with other settings than the defaults, such as spacing=4,4,6"
     parser.add_argument("--with", dest="given", nargs="+", metavar="OPTION=VALUE", help=told)
     parser.add_argument("--late-fusion", choices=LATE_FUSIONS, help="of the two runs, Table 3")
+    told = "score the mean of the runs' margins; --predict of several runs takes it too"
+    parser.add_argument("--ensemble", action="store_true", help=told)
     told = "of the run's splits [test; all for studies it has not seen]"
     parser.add_argument("--part", choices=("train", "val", "test", "all"), help=told)
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
@@ -492,20 +530,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results or masks")
     add_flags(parser, EVAL_OPTIONS)
     args = parser.parse_args(argv)
-    if bool(args.predict) + bool(args.table) + bool(args.late_fusion) > 1:
-        raise UserError("--predict, --table and --late-fusion: choose one.")
-    if args.overwrite and not args.predict:
-        raise UserError("--overwrite goes with --predict. Leave it out.")
+    if sum(map(bool, (args.predict, args.table, args.late_fusion, args.ensemble))) > 1:
+        raise UserError("--predict, --table, --late-fusion and --ensemble: choose one.")
+    for flag, goes_with in (("overwrite", "predict"), ("given", "table"), ("ensemble", "out")):
+        if getattr(args, flag) and not getattr(args, goes_with):
+            name = {"given": "with"}.get(flag, flag)
+            raise UserError(f"--{name} goes with --{goes_with}. Give both, or leave it out.")
     idle = ("part", *EVAL_OPTIONS) if args.table else ("part", "data") if args.predict else ()
     if given := [name for name in idle if getattr(args, name, None) is not None]:
         raise UserError(f"{flag_of(given[0])} has no effect here. Leave it out.")
-    if args.predict and (len(args.runs) > 1 or not args.out):
-        raise UserError("--predict takes one run, and --out for the folder of the masks.")
+    if args.predict and not args.out:
+        raise UserError("--predict: give the folder of the masks with --out.")
     if args.table and (len(args.runs) > 1 or not args.runs[0].is_dir()):
         raise UserError("--table takes one folder, the one that holds the runs.")
     if args.late_fusion and len(args.runs) != 2:
         raise UserError("--late-fusion takes two runs, such as runs/ct runs/pet.")
-    if args.out and not args.late_fusion and len({run.name for run in args.runs}) < len(args.runs):
+    joined = args.late_fusion or args.ensemble or args.predict
+    if args.out and not joined and len({run.name for run in args.runs}) < len(args.runs):
         raise UserError("--out: two runs have one name and would overwrite each other there.")
     return args
 
@@ -521,13 +562,14 @@ def run_command(argv: list[str] | None = None) -> None:
         print(tables.write_paper_table(args.table, args.runs[0], out, given))
         return
     if args.predict:
-        model, config, device, _ = load_run(args.runs[0], args.checkpoint, given)
+        model, config, device, _ = open_runs(args.runs, args.checkpoint, given)
         how = device, config.skip_bad, args.overwrite
         for path in predict(model, config, args.predict, args.out, *how):
             print(path)
         return
     systems, kinds, studies = {}, set(), []
-    for runs in [args.runs] if args.late_fusion else [[run] for run in args.runs]:
+    joined = args.late_fusion or args.ensemble
+    for runs in [args.runs] if joined else [[run] for run in args.runs]:
         name, summary, kind, names = evaluate_runs(runs, args, given)
         systems |= tables.rows_of(name, summary)
         kinds.add(kind)

@@ -301,6 +301,22 @@ def share_out(nodes: list[dict], args: argparse.Namespace, config: Config) -> di
     return {"cpu": cpus, "gpu": gpus}
 
 
+def list_trials(trials: list[Config], at_once: int) -> None:
+    """Print each trial and its state, and the hours that the rest will take: by the seconds per
+    crop of those that ended, with so many trials at once."""
+    rest, paces = 0.0, []
+    for trial in trials:
+        found = state(trial)
+        crops = (trial.steps or 0) * trial.batch_size or trial.crops  # of an epoch, or of a study
+        print(f"{found['status']:<11}{Path(trial.out).name}")
+        if found["status"] in ENDED and found["seconds"]:
+            paces.append(found["seconds"] / (found["epochs_done"] * crops))
+        else:
+            rest += (trial.epochs - found["epochs_done"]) * crops
+    hours = f"{rest * float(np.mean(paces)) / at_once / 3600:.1f} hours" if paces else "unknown"
+    print(f"{len(trials)} trials, {len(paces)} ended; left: {hours}, {at_once} at once")
+
+
 def schedule(args: argparse.Namespace, trials: list[Config], todo: list[Config]) -> None:
     """Let Ray run the trials of `todo`, on a cluster or on this machine alone."""
     address = args.address or os.environ.get("RAY_ADDRESS", "local")
@@ -371,6 +387,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     own("--address", help="of a Ray cluster [RAY_ADDRESS, else this machine alone]")
     own("--gpus-per-trial", type=float, metavar="", help="[1 if there is one]; 0.5: two share it")
     own("--cpus-per-trial", type=float, metavar="", help="[1; with GPUs 1 + --workers]; threads")
+    own("--list", action="store_true", default=None, help="show the trials; do not train")
     own("--max-concurrent", type=int, metavar="", help="trials at once [as the resources allow]")
     names = options.OPTIONS.keys() - {"out", "resume", "seed", "fold"}
     options.add_flags(parser, names)
@@ -403,6 +420,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     with only_writer(args.out):
         trials = plan(args, given)
+        if args.list:
+            return list_trials(trials, args.max_concurrent or 1)
         todo = [trial for trial in trials if state(trial)["status"] not in ENDED]
         done = len(trials) - len(todo)
         print(f"search     {args.out}: {len(trials)} trials, {done} finished before", flush=True)

@@ -446,6 +446,37 @@ def test_table_of_two_runs(others, finished, tmp_path, capsys):
     assert summary["rule"] == table[-1] and "tumor_score" not in frame
 
 
+def test_an_ensemble_averages_the_margins(base, cases, others, finished, tmp_path, capsys):
+    """Of two networks with other windows: the mask of the mean of both margins, and its scores."""
+    patch, runs = (32, 32, 32), [finished[0], tmp_path / "v1"]
+    shutil.copytree(others / "v1", runs[1])
+    config = json.loads((runs[1] / "config.json").read_text())
+    write_json(runs[1] / "config.json", {**config, "config": config["config"] | {"patch": patch}})
+    name = json.loads((runs[0] / "splits.json").read_text())["test"][0]
+    case = next(case for case in cases if case.name == name)
+    opened = [evaluation.load_run(run, "best", {}) for run in runs]
+    images = case.load("images")
+    one, other = (evaluation.infer(net, images, own, CPU)[0] for net, own, *_ in opened)
+    assert not np.allclose(one, other)
+    mask = evaluation.to_native(case.meta, (one + other) / 2, evaluation.label_map)
+    shutil.copytree(Path(base.data, name), tmp_path / "in" / name)
+    evaluate(*runs, "--predict", tmp_path / "in", "--out", tmp_path / "masks")
+    [path] = (tmp_path / "masks").iterdir()
+    assert np.array_equal(np.asarray(nib.load(path).dataobj), mask)
+    evaluate(*runs, "--ensemble", "--out", tmp_path / "both")
+    row = pd.read_csv(tmp_path / "both" / "test_studies.csv", index_col="study").loc[name]
+    assert row["mtv_pred_ml"] == pytest.approx(mask.sum() * 5 * 5 * 6 / 1000)
+    assert "tumor_score" not in row and str(tmp_path / "both") in capsys.readouterr().out
+    write_json(runs[1] / "splits.json", {"train": ["a"], "val": ["b"], "test": [name]})
+    with pytest.raises(UserError, match="the other runs have other splits"):
+        evaluate(*runs, "--ensemble", "--out", tmp_path / "both")
+    write_json(
+        runs[1] / "config.json", config | {"config": config["config"] | {"spacing": [9] * 3}}
+    )
+    with pytest.raises(UserError, match="its spacing differ"):
+        evaluate(*runs, "--predict", tmp_path / "in", "--out", tmp_path / "masks")
+
+
 def test_predictions_of_unlabelled_studies_match_the_evaluation(base, finished, tmp_path, capsys):
     """--predict writes what the evaluation measured: the same volume."""
     frame = pd.read_csv(finished[0] / "test_studies.csv").set_index("study")
@@ -520,7 +551,9 @@ def test_late_fusion_refuses_runs_that_differ(others, tmp_path, name, value):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--predict", "{data}"], "--predict takes one run, and --out"),
+        (["--predict", "{data}"], "--predict: give the folder of the masks"),
+        (["--with", "phi=none"], "--with goes with --table"),
+        (["--ensemble"], "--ensemble goes with"),
         (["--predict", "{data}", "--table", "3"], "choose one"),
         (["--overwrite"], "--overwrite goes with --predict"),
         (["--predict", "{data}", "--out", ""], "'': an empty string is no value"),

@@ -1,6 +1,7 @@
 """tune.py: what a search varies, names, folders, the console, ASHA; and a search that is killed."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from test_runs import other_writer
 
 import runs
+import tables
 import train
 import tune
 from config import LAUNCH, Config, plain, resolve
@@ -31,6 +33,22 @@ ONE = "--search lambdas --phi none --lambda-rec 0.1 --lambda-cls 0.1"  # a grid 
 def configs(search, given=None, seeds=(0,), samples=8, kind="petct", folds=(0,)):
     asked = tune.settings(search, given or {}, list(seeds), list(folds), samples, kind)
     return [resolve(Config(**values), kind, True) for values in asked]
+
+
+def test_claims_repeat_their_arms_by_fold_and_seed():
+    found = configs("claims", seeds=(0, 1), folds=(0, 2))
+    assert len(found) == 4 * len(tables.ARMS)
+    assert [tables.arm_of(c) for c in found[: len(tables.ARMS)]] == [*tables.ARMS]
+    places = [(c.fold, c.seed) for c in found[:: len(tables.ARMS)]]
+    assert places == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert len(configs("claims", samples="all")) == len(tables.ARMS | tables.MORE_ARMS)
+    usual = resolve(Config(folds=4), "petct", True)
+    assert tune.folds_of(["all"], usual) == [0, 1, 2, 3] and tune.folds_of(["2", "0"], usual) == [
+        2,
+        0,
+    ]
+    with pytest.raises(UserError, match="--fold -1: expected numbers"):
+        tune.folds_of(["-1"], usual)
 
 
 def test_the_grids_are_those_of_table_2_and_of_the_supplement():
@@ -166,6 +184,18 @@ def make_trial(root, name, status="waiting", dices=(), epochs=4):
         name = {"done": "summary.json", "stopped": "stopped.json"}[status]
         write_json(run / name, end | {"systems": {"model": {}}})
     return config
+
+
+def test_the_list_tells_the_hours_left(tmp_path, capsys):
+    """A trial of 4 epochs took 4000 s; two more and half of a third are left, two at once."""
+    trials = [make_trial(tmp_path, "a", "done", [0.1, 0.2, 0.3, 0.3]), make_trial(tmp_path, "b")]
+    trials += [make_trial(tmp_path, "c", dices=[0.1, 0.2]), make_trial(tmp_path, "d")]
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    write_json(tmp_path / "a" / "summary.json", summary | {"seconds": 4000})
+    tune.list_trials(trials, 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["done", "a"] and lines[1].split() == ["waiting", "b"]
+    assert lines[-1] == "4 trials, 1 ended; left: 1.4 hours, 2 at once"
 
 
 def test_last_pt_goes_when_a_trial_ended_and_its_process_is_gone(tmp_path):
