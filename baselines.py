@@ -10,8 +10,6 @@ written for other data, and Sec. 4.2 does not say how they were carried over.
 Losses take what those in losses.py take, but have weights of their own: `w` is not read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """How sure a mean or a difference is: patients are drawn, not studies, since patients repeat."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 

@@ -6,8 +6,6 @@ Schedule, Loader            batches of an epoch, read ahead
 add_noise, shuffle_voxels   Φ, on the device
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -6,8 +6,6 @@ integer; tumor (B,) float, 1 where the crop (or, with --class-label volume, the 
 `w` holds the weights: w.lambda_rec, w.lambda_seg, w.lambda_cls, and w.rec, "l2" or "mse".
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -11,8 +11,6 @@ Every up layer doubles the size and starts from the concatenation of the encoder
 size and what came up. Sides of a patch must divide by 16.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple

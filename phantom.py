@@ -8,8 +8,6 @@ a patient not on how many there are.
     python phantom.py --patients 200 --out DIR [--seed 1]    a larger cohort, for --data DIR
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import os

@@ -4,8 +4,6 @@ From top to bottom: how a table is printed, the metrics of a run, which runs may
 tables of a search, Tables 3-5. Numbers only; plots.py draws some of them.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

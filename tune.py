@@ -5,8 +5,6 @@ These folders are the truth and Ray only schedules, so the same command again fi
 that was stopped, killed or widened. python tune.py --report DIR prints its tables, without Ray.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os
