@@ -64,8 +64,8 @@ def curves(run: Path) -> None:
     if "val_dice" in frame:
         dice.plot(frame["val_dice"].dropna(), color=COLORS[0], marker="o", label="Dice")
     if "val_fpv_healthy_ml" in frame:
-        fpv = dice.twinx()
-        fpv.plot(frame["val_fpv_healthy_ml"].dropna(), color=COLORS[1], label="healthy FPV, ml")
+        dice.twinx().plot(frame["val_fpv_healthy_ml"].dropna(), color=COLORS[1])
+        dice.plot([], [], color=COLORS[1], label="healthy FPV, ml (right)")
     speed.plot(frame["patches_per_s"], color=COLORS[0], label="patches per second")
     speed.plot(100 * frame["data_wait"], color=COLORS[1], label="waiting for data, %")
     positive = (frame[[*terms, "loss"]] > 0).all(axis=None)  # a learned weight may not be
@@ -73,12 +73,11 @@ def curves(run: Path) -> None:
     dice.set(title="Validation", ylim=(0, 1))
     norm.set(title="Gradient norm on the shared layers", yscale="log")
     speed.set(title="Speed", ylim=(0, None))
-    for axis in figure.axes:
+    for axis in (loss, dice, norm, speed):
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         if axis.lines:
-            twin = axis not in (loss, dice, norm, speed)
-            axis.legend(fontsize=8, loc="lower right" if twin else "upper left")
+            axis.legend(fontsize=8)
     save(figure, run / "curves.png")
 
 
