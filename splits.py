@@ -24,7 +24,7 @@ def make_splits(cases: list[Case], folds: int = 5, fold: int = 0, seed: int = 0)
     test = dealt[fold::folds]
     splits = hold_out([patient for patient in dealt if patient not in test], cases)
     splits["test"] = names_of(test, cases)
-    if not all(splits.values()):
+    if len(dealt) < folds or not all(splits.values()):
         why = f"too few for {folds} folds: each of train, val and test needs one"
         remedy = "Add studies, use fewer --folds or give --splits"
         raise UserError(f"{len(dealt)} patients are {why}. {remedy}.")
