@@ -25,7 +25,8 @@ def interval(values, patients: pd.Series, level: float = 0.95) -> tuple[float, f
     again = rng.integers(seeds, size=(DRAWS, seeds))
     total, number = (np.take_along_axis(a[drawn].sum(1), again, 1).sum(1) for a in (sums, counts))
     tail = (1 - level) / 2
-    low, high = np.nanquantile(total / np.maximum(number, 1), (tail, 1 - tail))
+    means = np.divide(total, number, out=np.full(DRAWS, np.nan), where=number > 0)  # not 0
+    low, high = np.nanquantile(means, (tail, 1 - tail))
     return float(low), float(high)
 
 

@@ -445,12 +445,13 @@ class Ensemble:
 
 def open_runs(runs: list[Path], checkpoint: str, given: dict):
     """As load_run, of one run or of several as an ensemble, whose other results are those of the
-    first. Raises UserError if their kind, spacing or classes differ."""
+    first. Raises UserError if their kind, spacing, ct or classes differ."""
     opened = [load_run(run, checkpoint, given) for run in runs]
     model, config, *_ = opened[0]
     for run, (other, own, *_) in zip(runs, opened, strict=True):
         for name, a, b in (
             ("kind", own.kind, config.kind), ("spacing", own.spacing, config.spacing),
+            ("ct", own.ct, config.ct),
             ("classes", other.variant.classes, model.variant.classes),
         ):  # fmt: skip
             if a != b:
@@ -463,7 +464,7 @@ def open_runs(runs: list[Path], checkpoint: str, given: dict):
 
 def choose_cases(run: Path, part: str | None, given: dict, cases: list[Case]):
     """The part to evaluate and its studies: one of the run's own splits ("test" by default), or
-    "all" of another --data. Says so if the run has seen some of them."""
+    "all" of another --data."""
     splits, names = saved_splits(run), {case.name for case in cases}
     known = names & {*itertools.chain(*splits.values())}
     part = part or ("test" if known or "data" not in given else "all")
@@ -474,10 +475,15 @@ def choose_cases(run: Path, part: str | None, given: dict, cases: list[Case]):
         what = f"{len(missing)} studies of its {part} part are not in the data, the first is"
         remedy = "Give their folder with --data, or --part all"
         raise UserError(f"{run}: {what} {missing[0]}. {remedy}.")
+    return part, [case for case in cases if case.name in chosen]
+
+
+def tell_seen(run: Path, chosen: set[str]) -> None:
+    """Says so if the run has seen some of the chosen studies."""
+    splits = saved_splits(run)
     if seen := chosen & {*splits["train"], *splits["val"]}:
         say = f"{run}: {len(seen)} of these {len(chosen)} studies trained or selected it"
         print(say, file=sys.stderr)
-    return part, [case for case in cases if case.name in chosen]
 
 
 def evaluate_runs(runs: list[Path], args, given: dict):
@@ -498,6 +504,8 @@ def evaluate_runs(runs: list[Path], args, given: dict):
         raise UserError(f"{folder}: holds a run, whose results would be lost. Use another --out.")
     config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
     part, cases = choose_cases(run, args.part, given, cases)
+    for each in runs:
+        tell_seen(each, {case.name for case in cases})
     cases = lend_ct(cases, config.ct)
     rows = evaluate(model, cases, config, device, bar=f"{folder.name} {part}")
     if (run / "summary.json").exists():

@@ -26,7 +26,16 @@ from eval import EIGHTEEN, EVAL_OPTIONS, bits, choose_cases, named_masks, see, s
 from files import Parser, UserError, atomic, command_line
 from mirror_unet import IMAGE_NAMES, UNIONS, VARIANTS, Variant
 from runs import load_run, open_data, read_metrics, read_trials, terms_of
-from tables import PHIS, VERSIONS, claims, groups_of, lambda_grid, of_search, table_2
+from tables import (
+    NO_VERDICT,
+    PHIS,
+    VERSIONS,
+    claim_groups,
+    claims,
+    groups_of,
+    lambda_grid,
+    table_2,
+)
 
 matplotlib.use("Agg")  # no screen on a compute node
 matplotlib.rcParams["pdf.fonttype"] = 42  # fonts embedded whole, as text
@@ -432,7 +441,7 @@ def claims_figure(trials: pd.DataFrame):
     """A dot and an interval for each claim of which both sides ended, the paper's value as a cross;
     and what it says. Raises UserError without one."""
     table = claims(trials)
-    table = table[table["verdict"] != "not run"].iloc[::-1]
+    table = table[~table["verdict"].isin(NO_VERDICT)].iloc[::-1]
     if table.empty:
         raise UserError("both sides of a claim, the search has none")
     figure, axis = plt.subplots(figsize=(5.2, 0.9 + 0.24 * len(table)), layout="constrained")
@@ -463,12 +472,15 @@ def draw_search(search: Path, out: Path) -> None:
     for trial in trials[trials["config"].isna()].itertuples():
         print(f"left out   {trial.trial}: {trial.reason}", file=sys.stderr)
     drawn, reasons = 0, {}
-    if (asked := of_search(trials, "claims")).any():
+    for i, (about, part) in enumerate(claim_groups(trials), 1):
         try:
-            publish(out, *claims_figure(trials[asked]))
-            drawn += 1
+            figure, name, said = claims_figure(part)
         except UserError as error:
-            reasons["claims"] = str(error)
+            reasons.setdefault("claims", f"{error} ({about})" if about else f"{error}")
+            continue
+        said = "; ".join(filter(None, (said, about)))
+        publish(out, figure, f"{name}-{i}" if about else name, said)
+        drawn += 1
     for name, (table, versions, *_) in SEARCH_FIGURES.items():
         groups = groups_of(trials[trials["version"].isin(versions)], table)
         for i, (about, part) in enumerate(groups or [("", trials[:0])], 1):

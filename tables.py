@@ -19,7 +19,7 @@ from cache import THRESHOLD_SUV
 from certainty import holm, interval, sign_flip
 from config import OPTIONS, Config, in_words, key_of, reads, resolve
 from files import UserError, atomic, read_json, reading
-from runs import digest, read_trials, saved_config, saved_splits
+from runs import digest, is_finished, read_trials, saved_config, saved_splits
 
 
 def aligned(rows: list[list[str]], markdown: bool = False) -> str:
@@ -327,9 +327,9 @@ def report(folder: Path) -> str:
             if part["dice"].notna().any():
                 parts.append(text(part, about))
                 shown |= set(part.index)
-    if (asked := of_search(trials, "claims")).any():
-        parts.append(claims_text(trials[asked]))
-        shown |= {*trials.index[asked]}
+    for about, part in claim_groups(trials):
+        parts.append(claims_text(part, about))
+        shown |= set(part.index)
     free = of_search(trials, "free")
     other = (trials["status"] == "done") & ~trials.index.isin(shown) & ~free
     if free.any():
@@ -400,16 +400,27 @@ CLAIMS = (  # an arm minus another one, a metric, and the difference in the pape
 )
 
 
+NO_VERDICT = ("not run", "left out")  # in place of one
+
+
 def arm_of(config: Config) -> str | None:
     """Which of the arms a trial is."""
     arms = ARMS | MORE_ARMS
     names = {name for options in arms.values() for name in options}
     for title, options in arms.items():
         if options["version"] == config.version:
-            arm = resolve(Config(**options), config.kind, config.data is None)
+            arm = resolve(Config(rec=config.rec, **options), config.kind, config.data is None)
             if all(getattr(arm, name) == getattr(config, name) for name in names):
                 return title
     return None
+
+
+def claim_groups(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The trials of --search claims by what holds for all arms: budget, data, learning rate."""
+    apart = {name for options in (ARMS | MORE_ARMS).values() for name in options}
+    apart |= {name for name, f in OPTIONS.items() if "used" in f.metadata}  # some arms read them
+    asked = trials[of_search(trials, "claims")]
+    return comparable(asked, apart | {"recipe", "fold", "studies"})
 
 
 def verdict(low: float, high: float, by_seed: list[float], paper: float) -> str:
@@ -426,7 +437,7 @@ def verdict(low: float, high: float, by_seed: list[float], paper: float) -> str:
 
 def gains(trials: pd.DataFrame, plus: str, minus: str, metric: Metric) -> tuple:
     """Differences of two arms by study, a column per seed, in % or ml, and the studies' patients;
-    of the seeds and folds that both have."""
+    of the seeds and folds that both have. Raises UserError for a study tested twice in a column."""
     scale, sides, patients = 100 if metric.name == "dice" else 1, [], {}
     for arm in (plus, minus):
         columns = {}
@@ -434,21 +445,30 @@ def gains(trials: pd.DataFrame, plus: str, minus: str, metric: Metric) -> tuple:
             studies = tested_studies(trial.run, [metric])
             columns.setdefault(trial.config.seed, []).append(scale * counted(studies, metric))
             patients |= studies.get("patient", studies.index.to_series()).to_dict()
-        sides.append(pd.DataFrame({seed: pd.concat(own) for seed, own in columns.items()}))
+        columns = {seed: pd.concat(own) for seed, own in columns.items()}
+        if twice := [seed for seed, own in columns.items() if not own.index.is_unique]:
+            what = f"two trials of seed {twice[0]} were tested on one study"
+            raise UserError(f"{arm}: {what}, with other settings or splits. Use another --out.")
+        sides.append(pd.DataFrame(columns))
     difference = (sides[0] - sides[1]).dropna(axis=0, how="all").dropna(axis=1, how="all")
     return difference, pd.Series(patients, dtype=object)
 
 
 def claims(trials: pd.DataFrame) -> pd.DataFrame:
     """A row per row of CLAIMS from the finished trials: what it says, the paper's difference, ours
-    with its interval at the level 1 - 0.05/m of m claims, seeds that agree, patients, verdict."""
+    with its interval at the level 1 - 0.05/m of m claims, seeds that agree, patients, verdict; or
+    the reason why it cannot be told."""
     done = trials[(trials["status"] == "done") & trials["config"].notna()]
     done = done.assign(arm=done["config"].map(arm_of))
     rows, level = [], 1 - 0.05 / len(CLAIMS)
     for plus, minus, name, paper in CLAIMS:
         metric = metrics_of(())[name]
         row = {"claim": f"{plus} - {minus}, {metric.title}", "paper": paper}
-        difference, patients = gains(done, plus, minus, metric)
+        try:
+            difference, patients = gains(done, plus, minus, metric)
+        except UserError as error:
+            rows.append(row | {"verdict": "left out", "reason": str(error)})
+            continue
         if difference.empty:
             rows.append(row | {"verdict": "not run"})
             continue
@@ -463,18 +483,21 @@ def claims(trials: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims_text(trials: pd.DataFrame) -> str:
+def claims_text(trials: pd.DataFrame, about: str = "") -> str:
     """The claims as a table, in the order of CLAIMS."""
     level = f"{100 * (1 - 0.05 / len(CLAIMS)):.1f} %"
     text = [["claim", "paper", f"here ({level})", "seeds", "patients", "verdict"]]
-    for row in claims(trials).to_dict("records"):
+    table = claims(trials)
+    for row in table.to_dict("records"):
         paper = "–" if math.isnan(row["paper"]) else f"{row['paper']:+.2f}"
         ours = [""] * 3
-        if row["verdict"] != "not run":
+        if row["verdict"] not in NO_VERDICT:
             ours = [f"{row['here']:+.1f} [{row['low']:.1f}, {row['high']:.1f}]", row["seeds"]]
             ours.append(str(int(row["patients"])))
         text.append([row["claim"], paper, *ours, row["verdict"]])
-    return f"Claims of Sec. 4: Dice in %, volumes in ml\n{aligned(text)}"
+    reasons = table["reason"].dropna().unique() if "reason" in table else ()
+    said = "; ".join(filter(None, ("Claims of Sec. 4: Dice in %, volumes in ml", about)))
+    return "\n".join([said, aligned(text), *(f"left out: {reason}" for reason in reasons)])
 
 
 # ------------------------------------------------------------------ Tables 3-5
@@ -541,6 +564,8 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
         if elsewhere or not (run / "config.json").exists():
             continue
         config, late = saved_config(run), read_json(run / "config.json").get("late_fusion")
+        if not late and (run / "summary.json").exists() and not is_finished(run, config.epochs):
+            continue  # it goes on to more epochs: its results are of fewer
         system = f"late_fusion_{late}" if late else config.version
         if config.kind == kind and system in [name for name, *_ in listed]:
             system += " own" if config.recipe == "own" else ""
@@ -593,7 +618,8 @@ def pool(runs: pd.DataFrame, metrics: list[Metric]) -> tuple[pd.DataFrame, str]:
     studies = everything.groupby(level="study").agg(how)
     seeds, folds = (len({getattr(c, n) for c in runs["config"]}) for n in ("seed", "fold"))
     count = f"{len(studies)} studies, {studies['patient'].nunique()} patients"
-    return studies, f"{seeds} seeds × {folds} folds, {count}"
+    several = f" in {len(runs)} runs" if len(runs) != seeds * folds else ""  # copies, gaps, splits
+    return studies, f"{seeds} seeds × {folds} folds{several}, {count}"
 
 
 def figures(metric: Metric, studies: pd.DataFrame, reference: pd.DataFrame | None) -> dict:

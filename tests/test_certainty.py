@@ -49,6 +49,9 @@ def test_seeds_are_drawn_too():
     each = pd.Series(values.index, values.index)
     assert interval(values, each, level=0.9) == (0, 1)
     assert interval(values, each, level=0.4) == (0.5, 0.5)
+    part = pd.DataFrame({0: series([5, np.nan, np.nan]), 1: series([np.nan, 6, 7])})
+    low, high = interval(part, pd.Series(part.index, part.index), level=0.99)
+    assert (low, high) == (5, 7)  # a draw without a value is no 0
     values.loc["s0":"s9", 1] = np.nan  # a missing one does not count as 0
     assert interval(values, each, level=0.9) == (0, 1)
 

@@ -470,6 +470,11 @@ def test_an_ensemble_averages_the_margins(base, cases, others, finished, tmp_pat
     write_json(runs[1] / "splits.json", {"train": ["a"], "val": ["b"], "test": [name]})
     with pytest.raises(UserError, match="the other runs have other splits"):
         evaluate(*runs, "--ensemble", "--out", tmp_path / "both")
+    capsys.readouterr()
+    both = ("--ensemble", "--out", tmp_path / "both", "--data", base.data)
+    write_json(runs[1] / "splits.json", {"train": [name], "val": ["b"], "test": ["c"]})
+    evaluate(*runs, *both)
+    assert f"{runs[1]}: 1 of these" in capsys.readouterr().err  # not of the first run alone
     write_json(
         runs[1] / "config.json", config | {"config": config["config"] | {"spacing": [9] * 3}}
     )

@@ -306,10 +306,10 @@ def test_the_verdict_needs_the_interval_and_three_seeds(low, high, seeds, paper,
     assert tables.verdict(low, high, seeds, paper) == said
 
 
-def make_claim(root, arm, dices, seed, fold, healthy=0.0):
+def make_claim(root, arm, dices, seed, fold, healthy=0.0, name="", **more):
     """A finished trial of an arm: the Dice of the ill studies of a fold, and a healthy study."""
-    name = f"{arm}-{seed}-{fold}"
-    options = tables.ARMS[arm] | {"seed": seed, "fold": fold}
+    name = name or f"{arm}-{seed}-{fold}"
+    options = tables.ARMS[arm] | {"seed": seed, "fold": fold} | more
     make_trial(root, name, "claims", dice=0.5, studies=f"s{fold}", **options)
     rows = [{"study": f"p{fold}{i}/{v}", "patient": f"p{fold}{i}", "has_lesion": True, "dice": dice,
              "fpv_ml": 0.0} for i, dice in enumerate(dices) for v in "ab"]  # fmt: skip
@@ -343,6 +343,30 @@ def test_claims_are_differences_over_patients_and_seeds(tmp_path):
         "3 of 3         8     supported"
     )
     assert "In none of the paper's tables" not in text
+
+
+def test_claims_keep_settings_apart_and_say_what_cannot_be_told(tmp_path):
+    """Trials of another budget have claims of their own; of another class label, nobody knows."""
+    base = np.array([0.2, 0.3, 0.4, 0.5])
+    for seed in range(3):
+        make_claim(tmp_path, "v2", base, seed, 0)
+        make_claim(tmp_path, "v3", base + 0.1, seed, 0)
+        make_claim(tmp_path, "v2", base, seed, 0, name=f"long v2 {seed}", steps=9)
+        make_claim(tmp_path, "v3", base - 0.1, seed, 0, name=f"long v3 {seed}", steps=9)
+        make_claim(tmp_path, "v1", base, seed, 0, rec="mse")
+    groups = tables.claim_groups(tables.read_trials(tmp_path))
+    assert [about for about, _ in groups] == ["steps default", "steps 9"]
+    rows = [tables.claims(part).set_index("claim").loc["v3 - v2, Dice"] for _, part in groups]
+    assert [row["here"] for row in rows] == pytest.approx([10, -10])
+    assert [row["verdict"] for row in rows] == ["supported", "contradicted"]
+    found = tables.claims(groups[0][1]).set_index("claim")
+    assert found.loc["v2 - v1, Dice", "here"] == pytest.approx(0)  # rec holds for all arms
+    make_claim(tmp_path, "v3", base, 1, 0, name="volume", class_label="volume")
+    make_trial(tmp_path, "broken", "claims", **tables.ARMS["v1"] | {"seed": 7})
+    text = tables.report(tmp_path)
+    assert "left out: v3: two trials of seed 1 were tested on one study" in text
+    assert f"left out: {tmp_path / 'broken' / 'test_studies.csv'}: No such file" in text
+    assert text.count("supported") == 0 and text.count("contradicted") == 1
 
 
 # ------------------------------------------------------------------ Tables 3-5
@@ -433,10 +457,17 @@ def test_seeds_are_averaged_and_folds_pooled(tmp_path):
         make_run(tmp_path, f"a{seed}", shift, version="v3", seed=seed)
         make_run(tmp_path, f"b{seed}", shift, version="v3", seed=seed, fold=1, studies="ghijkl")
     make_run(tmp_path, "quick", 0.5, version="v3", steps=3)
+    make_run(tmp_path, "quick, a copy", 0.5, version="v3", steps=3)
     found, others = tables.paper_table(4, tmp_path)
     assert [about for about, *_ in found] == ["steps default", "steps 3"] and others == []
     row = found[0][1].set_index("system").loc["v3"]
     assert row["runs"] == "2 seeds × 2 folds, 12 studies, 12 patients" and row["dice_n"] == 8
+    told = {"epochs": 10, "systems": {"model": {}}}
+    make_run(tmp_path, "goes on to more", 0.5, version="v3", epochs=20)
+    write_json(tmp_path / "goes on to more" / "summary.json", told)
+    assert len(tables.paper_table(4, tmp_path)[0]) == len(found)
+    runs = found[1][1].set_index("system").loc["v3", "runs"]
+    assert runs == "1 seeds × 1 folds in 2 runs, 6 studies, 6 patients"
     # Study i of four: i/10, and in the other seed (1 + i)/10 more.
     assert row["dice"] == pytest.approx(100 * (0.15 + 0.25 / 2))
     runs = tables.finished_runs(4, tmp_path)
