@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-DRAWS = 2000  # of a bootstrap
+DRAWS = 10_000  # of a bootstrap
 FLIPS = 10_000  # of a permutation test with more patients than can be gone through
 
 
@@ -21,9 +21,9 @@ def interval(values, patients: pd.Series, level: float = 0.95) -> tuple[float, f
     rng, (people, seeds) = np.random.default_rng(0), sums.shape
     if people < 2:
         return math.nan, math.nan
-    drawn = rng.integers(people, size=(DRAWS, people))
-    again = rng.integers(seeds, size=(DRAWS, seeds))
-    total, number = (np.take_along_axis(a[drawn].sum(1), again, 1).sum(1) for a in (sums, counts))
+    drawn = rng.multinomial(people, np.full(people, 1 / people), DRAWS)  # how often each is
+    again = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS)
+    total, number = ((drawn @ a * again).sum(1) for a in (sums, counts))
     tail = (1 - level) / 2
     means = np.divide(total, number, out=np.full(DRAWS, np.nan), where=number > 0)  # not 0
     low, high = np.nanquantile(means, (tail, 1 - tail))

@@ -490,8 +490,8 @@ def evaluate_runs(runs: list[Path], args, given: dict):
     """Evaluate a run, the late fusion of two or an ensemble, on a part of its splits, or on all
     studies of another --data: its name, the summary, the kind of data and the studies' names."""
     run, mode = runs[0], args.late_fusion
-    apart = any(saved_splits(other) != saved_splits(run) for other in runs)
-    if args.ensemble and apart and "data" not in given:
+    own_data = args.ensemble and "data" not in given
+    if own_data and any(saved_splits(other) != saved_splits(run) for other in runs):
         raise UserError(f"{run}: the other runs have other splits. Give --data that none has seen.")
     if mode:
         model, config, device, weights = fuse_late(runs, mode, args.checkpoint, given)

@@ -71,6 +71,10 @@ def settings(search: str, given: dict, seeds: list[int], folds: list[int], sampl
     What its version does not read is left out, such as λ_cls of v2; but a given option that no
     trial reads stays, so that resolve() refuses it. Raises UserError.
     """
+    arms = [*SPACES[search], *MORE[search]] if search in MORE else []
+    arms = {name for arm in arms for name in arm}
+    if fixed := sorted(arms & given.keys()):
+        raise UserError(f"{options.flag_of(fixed[0])}: --search {search} sets it. Leave it out.")
     asked, spaces = [], [*SPACES.get(search, ()), *(MORE[search] if samples == "all" else ())]
     for repeat in itertools.product(folds, seeds):  # all seeds of a fold first
         own = dict(zip(("fold", "seed"), repeat, strict=True))

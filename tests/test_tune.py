@@ -47,6 +47,8 @@ def test_claims_repeat_their_arms_by_fold_and_seed():
         2,
         0,
     ]
+    with pytest.raises(UserError, match="--lambda-rec: --search claims sets it"):
+        configs("claims", {"lambda_rec": 0.1})
     with pytest.raises(UserError, match="--fold -1: expected numbers"):
         tune.folds_of(["-1"], usual)
 
