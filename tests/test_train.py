@@ -174,6 +174,31 @@ def test_a_run_of_the_control(base, cases, finished, tmp_path, monkeypatch, no_f
     assert not (tmp_path / "no" / "config.json").exists()
 
 
+def test_v1_with_nothing_shared_trains_its_pet_branch_as_the_pet_unet(base, cases, monkeypatch):
+    """Five steps from the same weights, with equal weights of the mask: CT has no part in it."""
+    options = dict(widths=Config().widths, weight_decay=0.0, phi="none", lr=1e-4)
+    build, start = runs.build_model, {}
+
+    def build_alike(config):
+        model = build(config)
+        model.load_state_dict(
+            {name: start.get(name, own) for name, own in model.state_dict().items()}
+        )
+        return model
+
+    *_, pet, _, _ = one_epoch(replace(base, version="pet", **options), cases, steps=5)
+    first = build(resolve(replace(base, version="pet", **options), "petct", False))
+    start |= {n.replace("layers", "pet"): w for n, w in first.state_dict().items()}
+    monkeypatch.setattr(runs, "build_model", build_alike)
+    config = replace(base, version="v1", shared=(), lambda_seg=1.0, **options)
+    *_, v1, _, _ = one_epoch(config, cases, steps=5)
+    ours, theirs = v1.state_dict(), pet.state_dict()
+    for name, weight in theirs.items():
+        assert torch.allclose(ours[name.replace("layers", "pet")], weight, atol=1e-6), name
+    moved = [not torch.equal(w, theirs[n]) for n, w in first.state_dict().items() if w.dim() > 1]
+    assert all(moved)
+
+
 def test_nothing_shared_has_no_shared_gradient(base, cases):
     row, *_ = one_epoch(replace(base, version="v1", shared=()), cases)
     assert row["loss"] > 0 and not [name for name in row if name.startswith("grad_")]
