@@ -215,6 +215,16 @@ def test_theta_is_learned_within_0_and_1(base, cases, theta, lr, low, high):
     assert torch.equal(model.theta, before["theta"]) == (theta != "learn")
 
 
+def test_a_torch_for_cuda_that_sees_no_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for built, said in (
+        (None, "cpu"),
+        ("12.8", "cpu (this torch is built for CUDA but sees no GPU)"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        assert devices.describe(CPU) == said
+
+
 def test_learning_rates_of_the_four_schedules():
     def rates(schedule):
         config = Config(schedule=schedule, lr=1e-3, lr_drop=3, epochs=4)
