@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from baselines import ONE_MODALITY, SYSTEMS, Row
 from checks import ALLOWABLE
-from files import UserError
+from files import Parser, UserError
 from mirror_unet import CHANNELS, DATA_NAMES, MASKS, STRIDE, VARIANTS, Variant, variant_of
 
 
@@ -363,10 +363,10 @@ def as_options(args: argparse.Namespace, names=OPTIONS) -> dict:
 
 def read_settings(words: list[str]) -> dict:
     """Options from words such as spacing=4,4,6. Raises UserError."""
-    parser, line = argparse.ArgumentParser(), []
+    parser, line = Parser(), []
     add_flags(parser)
     for name, _, value in (word.partition("=") for word in words):
-        line += [flag_of(name), *value.split(",")]
+        line += [flag_of(name), *filter(None, value.split(","))]  # shared= is the empty L
     given = as_options(parser.parse_args(line))
     settled = check(replace(Config(), **given))
     return {name: getattr(settled, name) for name in given}

@@ -570,7 +570,9 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
         if config.kind == kind and system in [name for name, *_ in listed]:
             system += " own" if config.recipe == "own" else ""
             config = resolve(config, kind, config.data is None)  # it may be older than an option
-            rows.append((run, system, config, digest(saved_splits(run))))
+            rows.append(
+                (run, system, config, digest(sorted({*sum(saved_splits(run).values(), [])})))
+            )
     return pd.DataFrame(rows, columns=["run", "system", "config", "studies"])
 
 
@@ -586,11 +588,12 @@ def tested_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
 
 def asked_for(runs: pd.DataFrame, given: dict) -> tuple[list[tuple[str, pd.DataFrame]], list[str]]:
     """Which runs a table of the paper holds: those with the defaults of their system and data, but
-    for what is `given` for all rows, and for the budget. A group for each kind of data and budget,
-    with what tells it in words; and of each other run, what parts it from these."""
-    groups, others, apart = {}, [], ("data", *BUDGET)
+    for what is `given` for all rows, and for the budget. A group for each kind of data, cohort and
+    budget, with what tells it in words; and of each other run, what parts it from these."""
+    groups, others, apart = {}, [], ("data", "studies", *BUDGET)
     for run in runs.itertuples():
         key, used = key_of(run.config), reads(run.config, run.config.kind)
+        key["studies"] = run.studies  # of all parts: folds of one cohort have them in common
         wanted = {name: value for name, value in given.items() if used[name]}
         group = tuple(key.pop(name, None) for name in apart)
         wrong = [n for n in wanted if getattr(run.config, n) != wanted[n]]

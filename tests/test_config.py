@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
+import config
 import train
 from baselines import ONE_MODALITY, SYSTEMS
 from config import (
@@ -224,3 +225,14 @@ def test_runs_are_the_same_but_for_seed_fold_and_launch():
     assert key(data=None, epochs=400) == {"data": "phantom", "epochs": 400}
     words = [in_words(value) for value in ((4, 5, 6), (), None, 1e-4, 30, "noise")]
     assert words == ["4 5 6", "none", "default", "0.0001", "30", "noise"]
+
+
+def test_settings_in_words():
+    given = config.read_settings(["shared=", "spacing=4,4,6", "patch=32", "bottleneck=joint"])
+    assert given == {
+        "shared": (), "spacing": (4.0, 4.0, 6.0), "patch": (32, 32, 32), "bottleneck": "joint",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="--patch"):
+        config.read_settings(["patch=7"])
+    with pytest.raises(SystemExit):
+        config.read_settings(["nonsense=3"])

@@ -473,6 +473,12 @@ def test_seeds_are_averaged_and_folds_pooled(tmp_path):
     runs = tables.finished_runs(4, tmp_path)
     studies, _ = tables.pool(runs.iloc[[0, 1]], [])
     assert studies.loc["c", "dice"] == pytest.approx(0.2 + 0.3 / 2) and len(studies) == 6
+    make_run(tmp_path, "other cohort", 0.5, version="v3")
+    write_json(
+        tmp_path / "other cohort" / "splits.json", {"train": ["x"], "val": [], "test": ["y"]}
+    )
+    found, _ = tables.paper_table(4, tmp_path)
+    assert len(found) == 3 and all(about.startswith("studies ") for about, *_ in found)
 
 
 def test_table_5_and_a_folder_without_runs(tmp_path):
