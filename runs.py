@@ -105,6 +105,11 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def cohort_of(splits: dict[str, list[str]]) -> str:
+    """Tells the studies of all parts from others; folds of one cohort have them in common."""
+    return digest(sorted({name for names in splits.values() for name in names}))
+
+
 def build_model(config: Config) -> Network:
     """The seeded network of a resolved config. Raises UserError if the patch does not fit it."""
     torch.manual_seed(config.seed)

@@ -19,7 +19,7 @@ from cache import THRESHOLD_SUV
 from certainty import holm, interval, sign_flip
 from config import OPTIONS, Config, in_words, key_of, reads, resolve
 from files import UserError, atomic, read_json, reading
-from runs import digest, is_finished, read_trials, saved_config, saved_splits
+from runs import cohort_of, is_finished, read_trials, saved_config, saved_splits
 
 
 def aligned(rows: list[list[str]], markdown: bool = False) -> str:
@@ -164,15 +164,15 @@ def rows_of(name: str, summary: dict) -> dict[str, dict]:
 
 
 def comparable(runs: pd.DataFrame, compared) -> list[tuple[str, pd.DataFrame]]:
-    """Groups of runs that differ in nothing but `compared`, their seeds and what a launch decides.
+    """Groups of runs that differ in nothing but `compared`, seed, fold and what a launch decides.
 
-    runs: with the columns `config`, resolved (None where it is damaged: left out), and `studies`, a
-    hash of the splits. compared: names of options. Returns what parts a group from the others, in
+    runs: with the columns `config`, resolved (None where it is damaged: left out), and `studies`,
+    their cohort_of. compared: names of options. Returns what parts a group from the others, in
     words, and its rows; those whose options are the usual ones come first.
     """
     groups: dict[tuple, list] = {}
     for run in runs[runs["config"].notna()].itertuples():
-        more = {name: getattr(run.config, name) for name in ("version", "recipe", "fold")}
+        more = {name: getattr(run.config, name) for name in ("version", "recipe")}
         key = key_of(run.config) | more | {"studies": run.studies}
         key = tuple((name, value) for name, value in key.items() if name not in compared)
         groups.setdefault(key, []).append(run.Index)
@@ -221,9 +221,10 @@ def set_order(layers: str) -> tuple:
 
 
 def dice_table(trials: pd.DataFrame, rows: list[str], column: str, about: str = ""):
-    """Test Dice in % of `trials` by `rows` and `column`, the mean over seeds, NaN where missing.
+    """Test Dice in % of `trials` by `rows` and `column`, the mean over seeds and folds, NaN where
+    missing.
 
-    Also in words: how many seeds and missing cells, and `about`. Raises UserError without a Dice.
+    Also in words: how many runs and missing cells, and `about`. Raises UserError without a Dice.
     """
     cells = trials.groupby([*rows, column])["dice"]
     table, seeds = cells.mean().unstack(column), cells.count()
@@ -231,7 +232,7 @@ def dice_table(trials: pd.DataFrame, rows: list[str], column: str, about: str = 
         raise UserError("its trials have no test Dice yet")
     low, high, gaps = seeds[seeds > 0].min(), seeds.max(), table.isna().sum().sum()
     few = f"{low} to " if low < high else ""
-    said = "1 seed" if high == 1 else f"mean of {few}{high} seeds"
+    said = "1 run" if high == 1 else f"mean of {few}{high} runs (seeds, folds)"
     missing = f"{gaps} of {table.size} cells missing" if gaps else ""
     return table, "; ".join(filter(None, (said, missing, about)))
 
@@ -570,9 +571,7 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
         if config.kind == kind and system in [name for name, *_ in listed]:
             system += " own" if config.recipe == "own" else ""
             config = resolve(config, kind, config.data is None)  # it may be older than an option
-            rows.append(
-                (run, system, config, digest(sorted({*sum(saved_splits(run).values(), [])})))
-            )
+            rows.append((run, system, config, cohort_of(saved_splits(run))))
     return pd.DataFrame(rows, columns=["run", "system", "config", "studies"])
 
 
@@ -593,7 +592,7 @@ def asked_for(runs: pd.DataFrame, given: dict) -> tuple[list[tuple[str, pd.DataF
     groups, others, apart = {}, [], ("data", "studies", *BUDGET)
     for run in runs.itertuples():
         key, used = key_of(run.config), reads(run.config, run.config.kind)
-        key["studies"] = run.studies  # of all parts: folds of one cohort have them in common
+        key["studies"] = run.studies
         wanted = {name: value for name, value in given.items() if used[name]}
         group = tuple(key.pop(name, None) for name in apart)
         wrong = [n for n in wanted if getattr(run.config, n) != wanted[n]]

@@ -145,7 +145,8 @@ def plan(args: argparse.Namespace, given: dict) -> list[Config]:
         run = args.out / (("free-" if free else "") + name_of(config, studies))
         run.mkdir(exist_ok=True)
         trials[run] = replace(config, out=str(run), resume=True, check=False)
-        record = {"searches": [], "config": trials[run], "studies": studies}
+        cohort = runs.cohort_of(splits[config.fold])
+        record = {"searches": [], "config": trials[run], "studies": cohort}
         with suppress(UserError):  # none yet, or damaged
             record = runs.read_record(run)
         if args.search not in record["searches"]:

@@ -79,7 +79,7 @@ def test_fig_5_draws_the_bold_numbers_of_table_2():
     assert lines(axis, label="v4") == [[61.67, 63.78, 64.24, 63.64, 62.30, 63.99, 60.81]]
     sets = ["{3}", "{4}", "{5}", "{6}", "{7}", "{4,5,6}", "{3,4,5,6,7}"]
     assert texts(axis.get_xticklabels()) == sets and axis.get_ylabel() == "test Dice (%)"
-    assert said == axis.get_title(loc="right") == "1 seed; 4 of 105 cells missing"
+    assert said == axis.get_title(loc="right") == "1 run; 4 of 105 cells missing"
     assert texts(figure.legends[0].get_texts()) == ["v1", "v2", "v3", "v4"]
     for look in ("get_color", "get_marker", "get_linestyle"):  # told apart in grey as well
         assert len({getattr(line, look)() for line in axis.lines}) == 4
@@ -87,7 +87,7 @@ def test_fig_5_draws_the_bold_numbers_of_table_2():
 
 def test_fig_4_has_a_box_per_version_and_phi_over_all_sets():
     figure, axis, said = draw("fig4_phi", table_2(1)[1:])  # a cell that is not planned counts too
-    assert said == "1 seed; 2 of 63 cells missing"
+    assert said == "1 run; 2 of 63 cells missing"
     expected = [61.92, 62.34, 63.09, 62.15, 62.62, 63.69, 62.78, 63.01, 64.00]  # no v4
     assert [y for y, _ in lines(axis, linewidth=1.4)] == pytest.approx(expected)  # the medians
     dots = lines(axis, marker="o")
@@ -119,7 +119,11 @@ def test_lambda_map_shows_means_over_seeds_and_frames_the_best():
     np.testing.assert_allclose(values[:, 1], [54, 56, 58, 60, 58])
     np.testing.assert_allclose(values[3], [59, 60, 59, 58, 57])
     assert values.mask.sum() == 1 and values.mask[0, 4] and axis.get_ylim() == (-0.5, 4.5)
-    assert said == axis.get_title(loc="right") == "mean of 2 seeds; 1 of 25 cells missing"
+    assert (
+        said
+        == axis.get_title(loc="right")
+        == "mean of 2 runs (seeds, folds); 1 of 25 cells missing"
+    )
     frames = [p.get_center() for p in axis.patches if isinstance(p, Rectangle)]
     assert frames == [pytest.approx((1, 3))] and "10^{-5}" in texts(axis.get_xticklabels())[0]
     assert "rec" in axis.get_xlabel() and "class" in axis.get_ylabel()
@@ -169,7 +173,7 @@ def test_the_command_writes_what_the_search_compares(tmp_path, capsys):
     assert picture.shape[1] == 990 and picture[..., :3].std() > 0.05  # 3.3 in at 300 dpi
     assert b"/CIDFontType2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
     assert capsys.readouterr().out.splitlines() == [
-        f"fig6_theta      {stem}.png, .pdf   1 seed",
+        f"fig6_theta      {stem}.png, .pdf   1 run",
         "fig_s1_lambdas  not drawn: compares λ of v3, the search does not",
         "fig4_phi        not drawn: compares Φ, the search does not",
         "fig5_shared     not drawn: compares sets L, the search does not",

@@ -150,7 +150,6 @@ def test_only_comparable_runs_share_a_table():
 def test_what_parts_two_runs_is_told():
     for changed, said in (
         ({"shared": ()}, ["shared 5", "shared none"]),
-        ({"fold": 1}, ["fold 0", "fold 1"]),
         ({"epochs": 8}, ["epochs 10", "epochs 8"]),
         ({"version": "v3_ct_only"}, ["version v3", "version v3_ct_only"]),
     ):
@@ -205,13 +204,22 @@ def test_table_2_of_the_paper_has_the_papers_marks():
         for shift in (-1, 1)  # two seeds, whose mean is the paper's figure
     ]  # fmt: skip
     text = tables.table_2_text(pd.DataFrame(rows), "lr 0.1")
-    assert "mean of 2 seeds; lr 0.1\n" in text
+    assert "mean of 2 runs (seeds, folds); lr 0.1\n" in text
     pairs = re.findall(r"([\d.]+)(\**) \(([\d.]+)(\**)\)", text)
     assert len(pairs) == 105 and all(a == c and b == d for a, b, c, d in pairs)
     shuffled = next(line for line in text.splitlines() if line.startswith("v3  L2 + shuffling"))
     assert shuffled.split()[4] == "63.33*" and "65.91** (65.91**)" in shuffled
     assert [a for a, b, _, _ in pairs if b == "**"] == ["64.57", "65.50", "65.91", "64.24"]
     assert sum(b != "" for _, b, _, _ in pairs) == 28  # a best one in each of 4 x 7 boxes
+
+
+def test_table_2_averages_the_folds_of_a_cohort(tmp_path):
+    for fold, dice in ((0, 0.4), (1, 0.6)):
+        make_trial(tmp_path, f"f{fold}", fold=fold, dice=dice)
+    make_trial(tmp_path, "far", dice=0.1, studies="another cohort")
+    parts = tables.report(tmp_path).split("Table 2")[1:]
+    assert [figures_of(part) for part in parts] == [["50.00"], ["10.00"]]
+    assert "mean of 2 runs (seeds, folds)" in parts[0]
 
 
 def test_other_sets_follow_those_of_the_paper_and_seeds_and_gaps_are_told():
@@ -221,7 +229,7 @@ def test_other_sets_follow_those_of_the_paper_and_seeds_and_gaps_are_told():
     table, said = tables.table_2(pd.DataFrame(rows))
     assert list(table) == ["3", "7", "4 5 6", "none", "2", "1 8"]
     assert table.loc[("v1", "none"), "none"] == 2
-    assert said == "mean of 1 to 2 seeds; 5 of 12 cells missing"
+    assert said == "mean of 1 to 2 runs (seeds, folds); 5 of 12 cells missing"
     with pytest.raises(UserError, match="no test Dice yet"):
         tables.table_2(pd.DataFrame(rows).assign(dice=np.nan))
 
@@ -238,10 +246,12 @@ def test_the_report_keeps_settings_apart_and_names_what_is_missing(tmp_path):
     text = tables.report(tmp_path)
     assert text.startswith(f"{tmp_path}: 7 trials, 5 done, 2 failed\n\nTable 2")
     first, second, third = text.split("Table 2")[1:]
-    assert "; mean of 1 to 2 seeds; 1 of 3 cells missing; lr 0.001, studies s\n" in first  # of d
+    assert (
+        "; mean of 1 to 2 runs (seeds, folds); 1 of 3 cells missing; lr 0.001, studies s\n" in first
+    )  # of d
     assert figures_of(first) == ["55.00", "40.00"] and "55.00** (62.34)" in first
-    assert "; 1 seed; lr 0.001, studies t\n" in second and figures_of(second) == ["10.00"]
-    assert "; 1 seed; lr 0.1, studies s\n" in third and figures_of(third) == ["20.00"]
+    assert "; 1 run; lr 0.001, studies t\n" in second and figures_of(second) == ["10.00"]
+    assert "; 1 run; lr 0.1, studies s\n" in third and figures_of(third) == ["20.00"]
     assert "failed: d: the loss is nan" in text and "failed: f: damaged folder" in text
     assert "In none of" not in text and (tmp_path / "results.csv").exists()
 
@@ -269,8 +279,8 @@ def test_the_report_of_lambdas_of_free_and_of_what_is_outside_the_papers_tables(
     rows = [line.split() for line in head.splitlines()]
     at = rows.index(["0.1", "0.01"])  # both fall
     assert rows[at + 1 : at + 3] == [["0.1", "25.00", "31.00"], ["1e-05", "–", "42.00*"]]
-    assert "1 seed; 1 of 4 cells missing; version v3\n" in head
-    assert "1 seed; version v3_ct_only\n" in head and "10.00*\n" in head
+    assert "1 run; 1 of 4 cells missing; version v3\n" in head
+    assert "1 run; version v3_ct_only\n" in head and "10.00*\n" in head
     heading, *listed = [line.split() for line in free.strip().splitlines()]
     assert heading[:3] == ["version", "shared", "phi"] and "noise_sigma" not in heading
     assert [words[:2] for words in listed[:3]] == [["v2", "1"], ["v4", "5"], ["v1", "5"]]
