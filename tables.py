@@ -417,11 +417,11 @@ def arm_of(config: Config) -> str | None:
 
 
 def claim_groups(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The trials of --search claims by what holds for all arms: budget, data, learning rate."""
+    """The trials of --search claims by what holds for all arms: budget, cohort, learning rate."""
     apart = {name for options in (ARMS | MORE_ARMS).values() for name in options}
     apart |= {name for name, f in OPTIONS.items() if "used" in f.metadata}  # some arms read them
     asked = trials[of_search(trials, "claims")]
-    return comparable(asked, apart | {"recipe", "fold", "studies"})
+    return comparable(asked, apart | {"recipe"})
 
 
 def verdict(low: float, high: float, by_seed: list[float], paper: float) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -316,11 +317,11 @@ def test_the_verdict_needs_the_interval_and_three_seeds(low, high, seeds, paper,
     assert tables.verdict(low, high, seeds, paper) == said
 
 
-def make_claim(root, arm, dices, seed, fold, healthy=0.0, name="", **more):
+def make_claim(root, arm, dices, seed, fold, healthy=0.0, name="", studies="s", **more):
     """A finished trial of an arm: the Dice of the ill studies of a fold, and a healthy study."""
     name = name or f"{arm}-{seed}-{fold}"
     options = tables.ARMS[arm] | {"seed": seed, "fold": fold} | more
-    make_trial(root, name, "claims", dice=0.5, studies=f"s{fold}", **options)
+    make_trial(root, name, "claims", dice=0.5, studies=studies, **options)
     rows = [{"study": f"p{fold}{i}/{v}", "patient": f"p{fold}{i}", "has_lesion": True, "dice": dice,
              "fpv_ml": 0.0} for i, dice in enumerate(dices) for v in "ab"]  # fmt: skip
     rows.append(rows[0] | {"study": f"h{fold}", "has_lesion": False, "fpv_ml": healthy})
@@ -371,6 +372,10 @@ def test_claims_keep_settings_apart_and_say_what_cannot_be_told(tmp_path):
     assert [row["verdict"] for row in rows] == ["supported", "contradicted"]
     found = tables.claims(groups[0][1]).set_index("claim")
     assert found.loc["v2 - v1, Dice", "here"] == pytest.approx(0)  # rec holds for all arms
+    make_claim(tmp_path, "v3", base - 0.3, 0, 1, name="of another cohort", studies="t")
+    cohorts = [about for about, _ in tables.claim_groups(tables.read_trials(tmp_path))]
+    assert len(cohorts) == 3 and sum("studies t" in about for about in cohorts) == 1
+    shutil.rmtree(tmp_path / "of another cohort")
     make_claim(tmp_path, "v3", base, 1, 0, name="volume", class_label="volume")
     make_trial(tmp_path, "broken", "claims", **tables.ARMS["v1"] | {"seed": 7})
     text = tables.report(tmp_path)
