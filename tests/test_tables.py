@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import tables
+from certainty import interval
 from config import Config, plain, resolve
 from files import UserError, write_json
 
@@ -354,6 +355,20 @@ def test_claims_are_differences_over_patients_and_seeds(tmp_path):
         "3 of 3         8     supported"
     )
     assert "In none of the paper's tables" not in text
+
+
+def test_the_level_of_a_claim_is_divided_by_their_number(tmp_path):
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.uniform(0, 1, (2, 3, 12))
+    for seed in range(3):
+        make_claim(tmp_path, "v3", ours[seed], seed, 0)
+        make_claim(tmp_path, "v2", theirs[seed], seed, 0)
+    row = tables.claims(tables.read_trials(tmp_path)).set_index("claim").loc["v3 - v2, Dice"]
+    gain = pd.DataFrame(100 * np.repeat(ours - theirs, 2, axis=1).T)  # two studies of a patient
+    level = 1 - 0.05 / len(tables.CLAIMS)
+    patients = pd.Series(np.repeat([f"p0{i}" for i in range(12)], 2))
+    wanted = interval(gain, patients, level)
+    assert (row["low"], row["high"]) == pytest.approx(wanted)
 
 
 def test_claims_keep_settings_apart_and_say_what_cannot_be_told(tmp_path):
