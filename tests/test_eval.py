@@ -130,6 +130,7 @@ def test_validation_is_over_ill_studies_and_classes_and_over_empty_masks_of_heal
     [
         ([0.9, 0.8], [0.7, 0.6], 0.75), ([0.9, 0.2], [0.1, 0.05], 0.15), ([0.9], [0.1], 0.5),
         ([0.9, 0.95], [0.8, 0.97], 0.85), ([0.9], [], 0.5), ([], [0.9], 0.5),
+        ([0.95, 0.7], [0.8, 0.6], 0.65),  # as good as 0.875
     ],
 )  # fmt: skip
 def test_the_threshold_of_T_parts_the_validation_studies(ill, healthy, place):
