@@ -54,7 +54,7 @@ INPUTS = {
     "mask of the body": ("mask", lambda a: {MASK: far(a[MASK], 0.6)}),
     "diffuse disease": (None, lambda a: {MASK: far(a[MASK], 0.2)}),
     "mask in air": ("flipped", lambda a: {MASK: np.roll(a[MASK], 11, 0)}),
-    "mask reaching into air": (None, lambda a: {MASK: np.roll(a[MASK], 9, 0)}),
+    "mask reaching into air": (None, lambda a: {MASK: np.roll(a[MASK], (9, 3, 2), (0, 1, 2))}),
 }
 
 
