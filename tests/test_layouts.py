@@ -49,6 +49,8 @@ def brats(folders, suffixes, between, end, labels, mask="seg", named=True):
             for suffix, name in suffixes.items():
                 write_nifti(root / folder / f"{case}{between}{suffix}{end}", made[name], las())
             seg = np.choose(made["label"], labels).astype(np.uint8)
+            if labels == NEW:
+                seg[2, 2, 2] = 4  # the cavity of a resection is no tumour
             stem = mask if i == 0 and mask != "seg" else f"{case}{between}seg"
             write_nifti(root / folder / f"{stem}{end}", seg, las())
 
