@@ -399,8 +399,7 @@ CLAIMS = (  # an arm minus another one, a metric, and the difference in the pape
     ("v1", "v1, nothing shared", "dice", math.nan),
     ("v1", "v1, no reconstruction", "dice", math.nan),
 )
-
-
+LEVEL = 1 - 0.05 / len(CLAIMS)  # of each interval, so that all hold together at 95 %
 NO_VERDICT = ("not run", "left out")  # in place of one
 
 
@@ -457,11 +456,11 @@ def gains(trials: pd.DataFrame, plus: str, minus: str, metric: Metric) -> tuple:
 
 def claims(trials: pd.DataFrame) -> pd.DataFrame:
     """A row per row of CLAIMS from the finished trials: what it says, the paper's difference, ours
-    with its interval at the level 1 - 0.05/m of m claims, seeds that agree, patients, verdict; or
+    with its interval at LEVEL, seeds that agree, patients, verdict; or
     the reason why it cannot be told."""
     done = trials[(trials["status"] == "done") & trials["config"].notna()]
     done = done.assign(arm=done["config"].map(arm_of))
-    rows, level = [], 1 - 0.05 / len(CLAIMS)
+    rows = []
     for plus, minus, name, paper in CLAIMS:
         metric = metrics_of(())[name]
         row = {"claim": f"{plus} - {minus}, {metric.title}", "paper": paper}
@@ -473,7 +472,7 @@ def claims(trials: pd.DataFrame) -> pd.DataFrame:
         if difference.empty:
             rows.append(row | {"verdict": "not run"})
             continue
-        by_seed, (low, high) = difference.mean(), interval(difference, patients, level)
+        by_seed, (low, high) = difference.mean(), interval(difference, patients, LEVEL)
         here = float(difference.stack().mean())
         agree = int((np.sign(by_seed) == math.copysign(1, here)).sum())
         rows.append(row | {
@@ -486,8 +485,7 @@ def claims(trials: pd.DataFrame) -> pd.DataFrame:
 
 def claims_text(trials: pd.DataFrame, about: str = "") -> str:
     """The claims as a table, in the order of CLAIMS."""
-    level = f"{100 * (1 - 0.05 / len(CLAIMS)):.1f} %"
-    text = [["claim", "paper", f"here ({level})", "seeds", "patients", "verdict"]]
+    text = [["claim", "paper", f"here ({100 * LEVEL:.1f} %)", "seeds", "patients", "verdict"]]
     table = claims(trials)
     for row in table.to_dict("records"):
         paper = "–" if math.isnan(row["paper"]) else f"{row['paper']:+.2f}"
