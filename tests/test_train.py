@@ -215,6 +215,16 @@ def test_theta_is_learned_within_0_and_1(base, cases, theta, lr, low, high):
     assert torch.equal(model.theta, before["theta"]) == (theta != "learn")
 
 
+def test_a_part_without_lesions_is_told(base, cases, tmp_path, no_figures, capsys):
+    ill, healthy = ([c.name for c in cases if c.has_lesion == sick] for sick in (True, False))
+    parts = {"train": ill[:1], "val": ill[-1:], "test": healthy[:1]}
+    (tmp_path / "splits.json").write_text(json.dumps(parts))
+    told = {"splits": str(tmp_path / "splits.json"), "out": str(tmp_path / "run")}
+    train.train(replace(base, epochs=1, steps=1, **told))
+    said = capsys.readouterr().out
+    assert "no lesion in the test part: no Dice, no FNV" in said and "in the val part" not in said
+
+
 def test_a_torch_for_cuda_that_sees_no_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for built, said in (
