@@ -113,7 +113,7 @@ def write_studies(root: Path, count: int, shape=AUTOPET, spacing=MILLIMETRES) ->
     repeated until they have the shape; noise keeps the files from compressing to little."""
     for i in range(count):
         rng = np.random.default_rng(i)
-        *images, _ = draw_study(rng, rng, tumour=True)
+        images = draw_study(rng, rng, tumour=True)[:3]
         air = [(n // 4, n // 4) for n in images[0].shape[:2]] + [(0, 0)]
         ct, suv, seg = (np.pad(image, air, "edge") for image in images)
         grown = zip(ct.shape, shape, strict=True)
@@ -233,7 +233,8 @@ def bench_preprocess(args) -> dict:
     def once():
         with TemporaryDirectory(dir=args.scratch) as scratch:
             for i, study in enumerate(studies):
-                if findings := cache.fill_cache(study, settings, Path(scratch, f"{i}")):
+                make = partial(cache.preprocess, study, settings)
+                if findings := cache.fill_cache(study, make, Path(scratch, f"{i}")):
                     raise UserError("\n".join(map(str, findings)))
             return read_json(Path(scratch, f"{i}", "meta.json"))
 

@@ -79,6 +79,13 @@ def resample(image: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
     return image
 
 
+def nearest(labels: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
+    """As resample, of labels: each the value of the nearest voxel."""
+    grids = zip(positions, labels.shape, strict=True)
+    indices = [np.minimum(np.rint(p).astype(np.int64), n - 1) for p, n in grids]
+    return np.ascontiguousarray(labels[np.ix_(*indices)])
+
+
 def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
     """Where the new grid samples the old one, in old voxels; both start at the same centre. The
     count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels."""
@@ -136,9 +143,7 @@ def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, d
         label = volumes.pop("label").data
         arrays = native_mask(label, pet, settings)
         meta["lesion_voxels"] = len(arrays["native_label"])
-        last = zip(positions, counts, strict=True)
-        nearest = [np.minimum(np.rint(p).astype(np.int64), n - 1) for p, n in last]
-        arrays["label"] = np.ascontiguousarray(turn(label)[crop][np.ix_(*nearest)])
+        arrays["label"] = to_cached(meta, label)
         arrays["lesion"] = np.flatnonzero(arrays["label"]).astype(np.uint32)
         del label
     del pet
@@ -158,7 +163,6 @@ def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, d
     if study.label:
         seen["label"] = np.concatenate([arrays["native_label"], arrays["native_class"]])
     meta["digests"] = {slot: hash_of(array) for slot, array in seen.items()}
-    meta["arrays"] = {name: [array.dtype.str, [*array.shape]] for name, array in arrays.items()}
     return arrays, meta
 
 
@@ -178,16 +182,28 @@ def native_mask(label: np.ndarray, pet: np.ndarray, settings: Preprocessing) -> 
     return arrays
 
 
-def to_native(meta: dict, margin: np.ndarray, classify: Callable) -> np.ndarray:
+def to_cached(meta: dict, labels: np.ndarray) -> np.ndarray:
+    """Labels on the study's own grid, on the cached one: each that of the nearest voxel."""
+    turned = orientations.apply_orientation(labels, np.array(meta["to_axes"]))
+    inside = turned[tuple(slice(*b) for b in meta["box"])]
+    return nearest(inside, grid_positions(inside.shape, meta["native_spacing"], meta["spacing"]))
+
+
+def to_native(meta: dict, margin: np.ndarray, classify: Callable | None = None) -> np.ndarray:
     """Map margins (K, W, H, D) on the cached grid to a uint8 label map on the study's own: each is
-    interpolated linearly, `classify` turns (K, w, h, d) into classes; outside the body box is 0."""
+    interpolated linearly, `classify` turns (K, w, h, d) into classes; outside the body box is 0.
+    Without it, in place of margins, labels (W, H, D), by the nearest voxel."""
     steps = zip(meta["native_spacing"], meta["spacing"], meta["box"], strict=True)
     positions = [np.arange(stop - start) * (s / t) for s, t, (start, stop) in steps]
-    inside = np.stack([resample(m.astype(np.float32, copy=False), positions) for m in margin])
+    if classify:
+        images = (m.astype(np.float32, copy=False) for m in margin)
+        inside = classify(np.stack([resample(image, positions) for image in images]))
+    else:
+        inside = nearest(margin, positions)
     to_axes = np.array(meta["to_axes"])
     turned = [meta["native_shape"][a] for a in np.argsort(to_axes[:, 0])]
     full = np.zeros(turned, np.uint8)
-    full[tuple(slice(*b) for b in meta["box"])] = classify(inside)
+    full[tuple(slice(*b) for b in meta["box"])] = inside
     back = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_axes)
     return orientations.apply_orientation(full, back)
 
@@ -201,6 +217,7 @@ class Case:
 
     meta: dict
     folder: Path | None = None
+    organs: "Case | None" = None  # its organ map, where it is read and there (organs.py)
 
     name = property(lambda self: self.meta["name"])
     patient = property(lambda self: self.meta["patient"])
@@ -256,12 +273,14 @@ def cached_case(folder: Path, study: Study, allow=()) -> Case | None:
     return None
 
 
-def fill_cache(study: Study, settings: Preprocessing, folder: Path, allow=()) -> list[Finding]:
-    """Preprocess one study into `folder`, which appears complete or not at all; the findings."""
+def fill_cache(study: Study, make: Callable, folder: Path, allow=()) -> list[Finding]:
+    """Write the arrays and meta that `make` finds, as preprocess does, into `folder`, which appears
+    complete or not at all; the findings."""
     temporary = unfinished(folder)
     try:
         sources = stamps(study)
-        arrays, meta = preprocess(study, settings, allow)
+        arrays, meta = make()
+        meta["arrays"] = {name: [array.dtype.str, [*array.shape]] for name, array in arrays.items()}
         temporary.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             with atomic(temporary / f"{name}.npy") as file:
@@ -339,7 +358,8 @@ def prepare(
         return cached_case(folders[study.name], study, allow)
 
     def fill(study: Study) -> list[Finding]:
-        return fill_cache(study, settings, folders[study.name], allow)
+        make = partial(preprocess, study, settings, allow)
+        return fill_cache(study, make, folders[study.name], allow)
 
     sweep(base)
     cases = {study.name: None if check else cached(study) for study in found.studies}

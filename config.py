@@ -36,7 +36,7 @@ def mirror(variant: Variant, config: Config) -> bool:
 
 
 def shuffles(variant: Variant, config: Config) -> bool:
-    return variant.phi and config.phi in (None, "shuffle")
+    return bool(variant.phi) and (config.phi or variant.phi) == "shuffle"
 
 
 def by_data(petct, mri, phantom) -> dict:
@@ -84,11 +84,11 @@ class Config:
         None, "v4: weight of CT in Eq. 4, or learn [0.2]", fill=0.2, span=SHARE, words=("learn",),
         used=lambda v, c: v.fused)
     phi: str | None = option(
-        None, "Φ on CT [shuffle where it applies]", choices=("none", "noise", "shuffle"),
-        fill="shuffle", idle="none", used=lambda v, c: v.phi)
+        None, "Φ on CT [shuffle where it applies; v5: none]", choices=("none", "noise", "shuffle"),
+        fill=lambda v, c: v.phi, idle="none", used=lambda v, c: bool(v.phi))
     noise_sigma: float = option(
         0.3, "Φ noise: its sd is drawn from U(0, this)", span=LEAST_0,
-        used=lambda v, c: v.phi and c.phi == "noise")
+        used=lambda v, c: bool(v.phi) and c.phi == "noise")
     shuffle_edge: int = option(
         16, "Φ shuffle: edge of a cube in voxels", span=LEAST_1, used=shuffles)
     shuffle_count: int = option(
@@ -106,6 +106,8 @@ class Config:
         used=lambda v, c: not v.fused, fill=lambda v, c: 0.5 if v.exclusive else 1 / 3)
     lambda_cls: float | None = option(
         None, "λ_class of v3 [1e-3]", span=LEAST_0, fill=1e-3, used=lambda v, c: v.tumor)
+    lambda_org: float | None = option(
+        None, "λ_org of v5 [0.1]", span=LEAST_0, fill=0.1, used=lambda v, c: bool(v.organs))
     class_label: str = option(
         "crop", "what T learns: the crop, or its study, has a lesion", choices=("crop", "volume"),
         used=lambda v, c: v.tumor)
@@ -113,6 +115,10 @@ class Config:
     data: str | None = option(
         None, "folder of studies; without it a simulated cohort is made", launch=True)
     kind: str | None = option(None, "")  # petct or mri, found from the data: no flag
+    organs: str | None = option(
+        None, "v5: folder of organ maps; else ORGANS.nii.gz in a study's folder, or organsTr",
+        launch=True, used=lambda v, c: bool(v.organs))
+    organ_names: tuple[str, ...] = option((), "")  # found from the maps
     spacing: tuple[float, ...] | None = option(
         None, "voxel size in mm; one or three", lengths=(1, 3), span=(0.01, 100),
         fill=by_data((2.0, 2.0, 3.0), (1.0, 1.0, 1.0), (5.0, 5.0, 6.0)))
@@ -254,6 +260,8 @@ def resolve(config: Config, kind: str, phantom: bool) -> Config:
         raise UserError(f"--recipe own: none is known for {config.version}. Leave it out.")
     own = system.own if config.recipe == "own" else {}
     modality = ONE_MODALITY.get(config.version, (None, config.modality))[1]
+    if variant.organs and config.ct != "own":
+        raise UserError(f"--ct other: {config.version} learns the organs of the own CT. Leave it.")
     if config.modality not in ("both", modality):
         raise UserError(f"--modality {config.modality}: {config.version} is {modality} alone.")
     values = {}

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from cache import Case
 from files import UserError
+from losses import UNKNOWN
 
-LABELS = {"mask": "label"}  # label maps of a batch, and the cached arrays that they are cut from
+# Label maps of a batch, and the cached arrays that they are cut from.
+LABELS = {"mask": "label", "organs": "organs"}
 
 # ------------------------------------------------------------------ crops
 
@@ -70,11 +72,15 @@ class Patches:
     Every study is visited once before any is visited again. An item holds image float16
     (2, W, H, D), CT first; mask uint8 (W, H, D); tumor, 1.0 if the crop (or, by
     class_label="volume", the study) has a lesion. By ct="other" the CT is that of another patient.
+    organs: it holds them too, like the mask, UNKNOWN throughout where a study has no map.
     """
 
-    def __init__(self, cases, patch, seed: int, lesion_p=2 / 3, class_label="crop", ct="own"):
+    def __init__(
+        self, cases, patch, seed: int, lesion_p=2 / 3, class_label="crop", ct="own", organs=False
+    ):
         self.cases, self.patch, self.seed = cases, tuple(patch), seed
         self.lesion_p, self.class_label, self.ct = lesion_p, class_label, ct
+        self.labels = LABELS if organs else {"mask": LABELS["mask"]}
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         return {name: tensor[0] for name, tensor in self.batch([key]).items()}
@@ -84,7 +90,7 @@ class Patches:
         Each voxel is copied once, from the cache to its place in the batch."""
         new = partial(torch.empty, pin_memory=pinned)
         batch = {"image": new((len(keys), 2, *self.patch), dtype=torch.float16)}
-        for name in LABELS:
+        for name in self.labels:
             batch[name] = new((len(keys), *self.patch), dtype=torch.uint8)
         batch["tumor"] = new(len(keys))
         for i, (epoch, index) in enumerate(keys):
@@ -95,8 +101,12 @@ class Patches:
             read_crop(case.load("images"), crop, batch["image"][i].numpy())
             if self.ct == "other":
                 self.read_other_ct(case, crop, (epoch, index), batch["image"][i, :1].numpy())
-            for name, array in LABELS.items():
-                read_crop(case.load(array), crop, batch[name][i].numpy())
+            for name, array in self.labels.items():
+                source = case.organs if name == "organs" else case
+                if source:
+                    read_crop(source.load(array), crop, batch[name][i].numpy())
+                else:
+                    batch[name][i] = UNKNOWN
             ill = case.has_lesion if self.class_label == "volume" else batch["mask"][i].any()
             batch["tumor"][i] = float(ill)
         return batch
@@ -137,7 +147,7 @@ def lend_ct(cases: list[Case], ct: str = "other") -> list[Case]:
     if len(patients) == 1:
         raise UserError(f"--ct other: {cases[0].name} has no other patient in its part. Add one.")
     following = dict(zip(patients, [*patients[1:], patients[0]], strict=True))
-    return [Borrower(c.meta, c.folder, first[following[c.patient]]) for c in cases]
+    return [Borrower(c.meta, c.folder, lender=first[following[c.patient]]) for c in cases]
 
 
 class Schedule:

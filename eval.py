@@ -134,6 +134,16 @@ def score(pred: np.ndarray, truth: np.ndarray, names: tuple[str, ...], spacing) 
     }
 
 
+def organ_dices(pred: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
+    """Dice of each organ from two label maps (W, H, D), and their mean; NaN where in neither."""
+    both = [np.bincount(m, minlength=len(names) + 1) for m in (pred[pred > 0], truth[truth > 0])]
+    hits = np.bincount(pred[(pred == truth) & (pred > 0)], minlength=len(names) + 1)
+    with np.errstate(invalid="ignore"):
+        dices = (2 * hits / sum(both))[1:]
+    own = {f"organ_dice_{name}": float(d) for name, d in zip(names, dices, strict=True)}
+    return {"organ_dice": mean_of(own.values())} | own
+
+
 # ------------------------------------------------------------------ sliding windows
 
 
@@ -230,6 +240,11 @@ def infer(model, image: np.ndarray, config, device, heads=("seg",)) -> tuple[np.
     return margin.cpu().numpy(), tumor
 
 
+def find_organs(model, image: np.ndarray, config, device) -> np.ndarray:
+    """The organs (v5) of a preprocessed study, a uint8 label map on its grid."""
+    return label_map(infer(model, image, config, device, (model.variant.organs,))[0])
+
+
 def bits(margin: np.ndarray, variant) -> np.ndarray:
     """uint8 map whose bit k says that class k of the variant is present."""
     present = decide(margin, variant)
@@ -283,6 +298,10 @@ def study_row(model, case: Case, config: Config, device, native: bool) -> dict:
         add("suv4_", case.native("native_hot"))
     for branch in model.branches if native else ():
         add_output(f"{branch}_", branch)
+    if native and model.variant.organs and case.organs:
+        found = to_native(case.meta, find_organs(model, case.load("images"), config, device))
+        true = case.organs.native("native_organs", case.organs.load("native_organ"))
+        row |= organ_dices(found, true, model.variant.tasks[model.variant.organs].classes)
     return row | ({"tumor_score": tumor} if scored else {})
 
 
@@ -372,10 +391,15 @@ def write_mask(path: Path, mask: np.ndarray, source: Path) -> None:
         file.write(gzip.compress(kind(mask, None, header).to_bytes(), 6, mtime=0))
 
 
-def predict(model, config, folder: Path, out: Path, device, skip_bad=False, overwrite=False):
-    """Masks (1 lesion; MRI 1 edema, 2 core) of every study below `folder`, in `out`/<study>.nii.gz;
-    their paths. Raises UserError for a control, for studies of another kind than the run's, for
-    masks that are there (unless overwrite) and, after the rest, for bad ones (unless skip_bad)."""
+def predict(
+    model, config, folder: Path, out: Path, device, skip_bad=False, overwrite=False, organs_out=None
+):
+    """Masks (1 lesion; MRI 1 edema, 2 core) of every study below `folder`, in
+    `out`/<study>.nii.gz; their paths. Maps of organs (v5) in `organs_out`, with their names.
+
+    Raises UserError for a control, for studies of another kind than the run's, for masks that are
+    there (unless overwrite) and, after the rest, for bad ones (unless skip_bad).
+    """
     if config.ct != "own":
         raise UserError("--predict: a run with --ct other is a control. Choose one without.")
     found = find_studies(folder, False, config.channels, config.lesion_labels)
@@ -385,9 +409,12 @@ def predict(model, config, folder: Path, out: Path, device, skip_bad=False, over
         raise UserError(f"{folder}: {what}. Choose a run of that kind.")
     for note in found.notes:
         print(note, file=sys.stderr)
+    if organs_out and not model.variant.organs:
+        raise UserError("--organs-out: these runs learnt no organs. Leave it out.")
     findings, written = list(found.findings), []
-    masks = {study.name: out / f"{study.name.replace('/', '__')}.nii.gz" for study in found.studies}
-    if not overwrite and (there := [mask for mask in masks.values() if mask.exists()]):
+    names = {study.name: f"{study.name.replace('/', '__')}.nii.gz" for study in found.studies}
+    places = [place / name for place in (out, organs_out) if place for name in names.values()]
+    if not overwrite and (there := [mask for mask in places if mask.exists()]):
         what = f"exists already, as do {len(there) - 1} more masks"
         raise UserError(f"{there[0]}: {what}. Add --overwrite, or choose another --out.")
     for study in progress(found.studies, "predict", "study"):
@@ -397,8 +424,13 @@ def predict(model, config, folder: Path, out: Path, device, skip_bad=False, over
             findings += error.findings
             continue
         margin, _ = infer(model, arrays["images"], config, device)
-        written.append(masks[study.name])
+        written.append(out / names[study.name])
         write_mask(written[-1], to_native(meta, margin, label_map), study.pet.path)
+        if organs_out:
+            organs = to_native(meta, find_organs(model, arrays["images"], config, device))
+            write_mask(organs_out / names[study.name], organs, study.pet.path)
+    if organs_out and written:
+        write_json(organs_out / "organs.json", dict(enumerate(config.organ_names, 1)))
     if findings:
         message = f"{len(written)} studies were predicted; {list_findings(findings)}"
         if not skip_bad:
@@ -412,9 +444,10 @@ def predict(model, config, folder: Path, out: Path, device, skip_bad=False, over
 # Options of a run that evaluation takes; what is not given stays as the run had it.
 EVAL_OPTIONS = (
     "data", "cache", "device", "amp", "threads", "workers", "overlap", "window_weights",
-    "window_batch", "check", "skip_bad", "channels", "lesion_labels", "allow",
+    "window_batch", "check", "skip_bad", "channels", "lesion_labels", "allow", "organs",
 )  # fmt: skip
-OF_DATA = ("channels", "lesion_labels", "allow")  # a run's own hold for its own data only
+# Where a run has its own, these hold for its own data only.
+OF_DATA = {"channels": (), "lesion_labels": (), "allow": (), "organs": None}
 ALIKE = ("kind", "spacing", "patch", "modality", "ct", "overlap", "window_weights")  # in a fusion
 
 
@@ -439,8 +472,8 @@ class Ensemble:
     """Trained networks, each with its config, whose margins infer averages."""
 
     members: list[tuple]
-    variant: Variant
-    branches = ()  # the mask alone
+    variant: Variant  # the mask alone
+    branches = ()
 
 
 def open_runs(runs: list[Path], checkpoint: str, given: dict):
@@ -458,7 +491,8 @@ def open_runs(runs: list[Path], checkpoint: str, given: dict):
                 raise UserError(f"{run}: its {name} differ from those of {runs[0]}. Leave it out.")
     if len(runs) > 1:
         members = [(net, own) for net, own, *_ in opened]
-        model = Ensemble(members, replace(model.variant, tumor=None))
+        mask = {slot: model.variant.mask.get(slot) for slot in ("ct", "pet")}
+        model = Ensemble(members, replace(model.variant, tumor=False, btl=None, **mask))
     return model, *opened[0][1:]
 
 
@@ -534,15 +568,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", choices=("train", "val", "test", "all"), help=told)
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
     parser.add_argument("--predict", type=Path, metavar="DIR", help="studies without labels")
+    told = "folder of the organ maps of --predict (v5)"
+    parser.add_argument("--organs-out", type=Path, metavar="DIR", help=told)
     parser.add_argument("--overwrite", action="store_true", help="masks of --predict in --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results or masks")
     add_flags(parser, EVAL_OPTIONS)
     args = parser.parse_args(argv)
     if sum(map(bool, (args.predict, args.table, args.late_fusion, args.ensemble))) > 1:
         raise UserError("--predict, --table, --late-fusion and --ensemble: choose one.")
-    for flag, goes_with in (("overwrite", "predict"), ("given", "table"), ("ensemble", "out")):
+    goes = {"overwrite": "predict", "organs_out": "predict", "given": "table", "ensemble": "out"}
+    for flag, goes_with in goes.items():
         if getattr(args, flag) and not getattr(args, goes_with):
-            name = {"given": "with"}.get(flag, flag)
+            name = {"given": "with"}.get(flag, flag.replace("_", "-"))
             raise UserError(f"--{name} goes with --{goes_with}. Give both, or leave it out.")
     idle = ("part", *EVAL_OPTIONS) if args.table else ("part", "data") if args.predict else ()
     if given := [name for name in idle if getattr(args, name, None) is not None]:
@@ -564,14 +601,14 @@ def run_command(argv: list[str] | None = None) -> None:
     args = parse(argv)
     given = as_options(args, EVAL_OPTIONS)
     if args.predict or "data" in given:
-        given = dict.fromkeys(OF_DATA, ()) | given
+        given = OF_DATA | given
     if args.table:
         given, out = read_settings(args.given or []), args.out or args.runs[0]
         print(tables.write_paper_table(args.table, args.runs[0], out, given))
         return
     if args.predict:
         model, config, device, _ = open_runs(args.runs, args.checkpoint, given)
-        how = device, config.skip_bad, args.overwrite
+        how = device, config.skip_bad, args.overwrite, args.organs_out
         for path in predict(model, config, args.predict, args.out, *how):
             print(path)
         return

@@ -2,8 +2,9 @@
 
 Each equation is one function that returns its weighted terms by name; their sum is the loss.
 `batch` holds a step's targets by name: ct, pet (B, 1, W, H, D) untransformed; mask (B, W, H, D)
-integer; tumor (B,) float, 1 where the crop (or, with --class-label volume, the study) has a lesion.
-`w` holds the weights: w.lambda_rec, w.lambda_seg, w.lambda_cls, and w.rec, "l2" or "mse".
+integer; tumor (B,) float, 1 where the crop (or, with --class-label volume, the study) has a lesion;
+organs (B, W, H, D) integer, UNKNOWN throughout a crop of a study without a map.
+`w` holds the weights: w.lambda_rec, _seg, _cls, _org, and w.rec, "l2" or "mse".
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mirror_unet import Output
 
 Terms = dict[str, Tensor]
+UNKNOWN = 255
 
 
 def dice_ce(y: Tensor, logits: Tensor, smooth: float = 1e-5) -> Tensor:
@@ -87,8 +89,22 @@ def loss_mri_v2(out: Output, batch: dict, w) -> Terms:
     return loss_mri_v1(out, batch, w) | {"seg_whole": whole}
 
 
+def loss_v5(out: Output, batch: dict, w) -> Terms:
+    """Not the paper's: Eq. 3 with λ_org L_DiceCE(o, D_C(E_C(x_C))) in place of CT's reconstruction,
+    over the crops of studies whose organs o are known."""
+    known = batch["organs"][:, 0, 0, 0] != UNKNOWN
+    organs = dice_ce(batch["organs"][known], out.ct[known]) if known.any() else 0 * out.ct.sum()
+    bce = F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
+    return {
+        "organs": w.lambda_org * organs,
+        "seg": w.lambda_seg * dice_ce(batch["mask"], out.seg),
+        "rec_pet": w.lambda_rec * reconstruction(batch["pet"], out.btl, w.rec),
+        "cls": w.lambda_cls * bce,
+    }
+
+
 LOSSES = {
-    "petct": {"v1": loss_v1, "v2": loss_v2, "v3": loss_v3, "v4": loss_v4},
+    "petct": {"v1": loss_v1, "v2": loss_v2, "v3": loss_v3, "v4": loss_v4, "v5": loss_v5},
     "mri": {"v1": loss_mri_v1, "v2": loss_mri_v2, "v2-rec": loss_v2},
 }
 

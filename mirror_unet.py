@@ -27,7 +27,7 @@ UNIONS = {"whole": ("edema", "core")}  # classes that are made of others (Sec. 3
 class Task:
     """What one decoder learns: classes of a label map or, without any, an image to restore.
 
-    target: its name in a batch, "ct" and "pet" the images, "mask" the label map.
+    target: its name in a batch, "ct" and "pet" the images, "mask" and "organs" the label maps.
     classes: of its softmax, the background left out; a name of UNIONS stands for all of its parts.
     title: what tables and pictures call its output.
     """
@@ -46,6 +46,7 @@ LESION = Task("mask", ("lesion",), "p(lesion)")
 EDEMA = Task("mask", ("edema",), "p(edema)")
 CORE = Task("mask", ("core",), "p(core)")
 WHOLE = Task("mask", ("whole",), "p(whole)")
+ORGANS = Task("organs", ("organ",), "organs")  # as many classes as the maps have: variant_of
 EDEMA_CORE = Task("mask", ("edema", "core"), "p(whole)")  # one softmax, drawn as 1 - p(background)
 
 
@@ -61,7 +62,7 @@ class Variant:
     pet: Task | None = None  # of the PET branch
     btl: Task | None = None  # of the bottleneck decoder
     tumor: bool = False  # classifier T on the bottleneck
-    phi: bool = False  # Φ(x_C) replaces the input of the CT branch in training
+    phi: str | None = None  # Φ(x_C) replaces the input of the CT branch in training: the usual one
     join: str | None = None  # of two networks' masks (late fusion): logits, union, intersection
 
     @property
@@ -85,6 +86,11 @@ class Variant:
         return self.fused or len(self.mask) == 1
 
     @property
+    def organs(self) -> str | None:
+        """The branch that segments organs."""
+        return next((s for s, t in self.tasks.items() if t.target == "organs"), None)
+
+    @property
     def restores(self) -> bool:
         """Some decoder reconstructs an image."""
         return any(not task.classes for task in self.tasks.values())
@@ -97,15 +103,16 @@ class Variant:
 
 VARIANTS = {
     "petct": {  # Sec. 3.1, Eq. 1-4
-        "v1": Variant(ct=CT, pet=LESION, phi=True),
-        "v2": Variant(ct=CT, pet=LESION, btl=PET, phi=True),
-        "v3": Variant(ct=CT, pet=LESION, btl=PET, tumor=True, phi=True),
+        "v1": Variant(ct=CT, pet=LESION, phi="shuffle"),
+        "v2": Variant(ct=CT, pet=LESION, btl=PET, phi="shuffle"),
+        "v3": Variant(ct=CT, pet=LESION, btl=PET, tumor=True, phi="shuffle"),
         "v4": Variant(ct=LESION, pet=LESION),
+        "v5": Variant(ct=ORGANS, pet=LESION, btl=PET, tumor=True, phi="none"),  # not the paper's
     },
     "mri": {  # Sec. 3.3, Fig. 2 of the supplement
         "v1": Variant(ct=EDEMA, pet=CORE),
         "v2": Variant(ct=EDEMA, pet=CORE, btl=WHOLE),
-        "v2-rec": Variant(ct=CT, pet=EDEMA_CORE, btl=PET, phi=True),
+        "v2-rec": Variant(ct=CT, pet=EDEMA_CORE, btl=PET, phi="shuffle"),
     },
 }
 MASKS = {"petct": LESION, "mri": EDEMA_CORE}  # the mask from one softmax (baselines.py)
@@ -113,10 +120,13 @@ DATA_NAMES = {"petct": "PET/CT", "mri": "brain tumour MRI"}
 IMAGE_NAMES = {"petct": ("CT", "PET"), "mri": ("FLAIR", "T1Gd")}  # in the CT and the PET slot
 
 
-def variant_of(kind: str, version: str) -> Variant:
-    """The row of VARIANTS. Raises ValueError with the versions that this kind of data has."""
+def variant_of(kind: str, version: str, organs: tuple[str, ...] = ()) -> Variant:
+    """The row of VARIANTS; organs: the names of those that the data have, in place of its own.
+    Raises ValueError with the versions that this kind of data has."""
     if version in (rows := VARIANTS.get(kind, {})):
-        return rows[version]
+        row = rows[version]
+        named = {row.organs: replace(ORGANS, classes=organs)} if row.organs and organs else {}
+        return replace(row, **named)
     known = f"{DATA_NAMES.get(kind, kind)}: choose from {', '.join(rows or VARIANTS)}"
     raise ValueError(f"{version} is not defined for {known}")
 
@@ -282,7 +292,7 @@ class MirrorUNet(Network):
         at every layer in L, without new weights.
     norm: "shared" or "private" batch norms inside the shared layers.
     classifier: T sees "both" bottoms (Eq. 3) or only "pet" (the released code).
-    channels: widths of layers 1-5.
+    channels: widths of layers 1-5. organs: names of those that v5 learns.
     Raises ValueError for a kind, version or layer that there is not.
     """
 
@@ -296,11 +306,12 @@ class MirrorUNet(Network):
         norm: str = "shared",
         classifier: str = "both",
         channels: tuple[int, ...] = CHANNELS,
+        organs: tuple[str, ...] = (),
     ):
         super().__init__()
         if not set(shared) <= set(range(1, 9)):
             raise ValueError(f"shared layers {sorted(shared)}: L is a subset of 1..8 (Sec. 3.2)")
-        self.variant = variant_of(kind, version)
+        self.variant = variant_of(kind, version, organs)
         self.heads = ("seg", *self.variant.tasks, *(("tumor",) if self.variant.tumor else ()))
         self.classifier_sees_ct = classifier == "both"
 

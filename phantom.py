@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from files import UserError, command_line, progress, sweep, unfinished, writing
+from files import UserError, command_line, progress, sweep, unfinished, write_json, writing
 
 VERSION = 2  # of the content; another one has other names of studies, so that no splits fit both
 PHANTOM = Path(f"data/phantom{VERSION}")  # where train.py writes it
@@ -63,6 +63,10 @@ ORGANS = (
     ("small bowel", False, ((34, 34, 210), (-28, 36, 204), (-38, 26, 184), (30, 24, 182),
                             (26, 30, 162), (-18, 30, 160)), 10, 28, (1.0, 3.2)),
     ("bladder", False, ((0, 18, 112),), (29, 25, 22), 6, (5.0, 25.0)),
+)
+# The organs of the maps, 1, 2, ..., by how the names above begin.
+MAPPED = (
+    "spleen", "kidney", "liver", "bladder", "lung", "brain", "heart", "stomach", "salivary gland"
 )
 # Half the width and depth of the trunk at heights z, in mm.
 WIDE = ((68, 84, 104, 150, 200, 262, 340, 420, 450, 466, 480, 500, 520),
@@ -185,8 +189,8 @@ def draw_study(anatomy, study, tumour):
 
     Foci and CT findings follow one law in all patients. anatomy: random generator of the shapes, of
     which the same state gives the same patient; study: that of uptake, spots and noise. Returns CT
-    (int16, HU), SUV (float32, g/ml) and lesions (uint8, 0 or 1), each (X, Y, Z) of 5 x 5 x 6 mm,
-    and the affine (4, 4) from voxels to RAS+ mm.
+    (int16, HU), SUV (float32, g/ml), lesions (uint8, 0 or 1) and organs (uint8, of MAPPED), each
+    (X, Y, Z) of 5 x 5 x 6 mm, and the affine (4, 4) from voxels to RAS+ mm.
     """
     girth, stature = anatomy.uniform(0.95, 1.18), anatomy.uniform(0.93, 1.07)
     half = np.ceil(np.array((142, 98)) * girth / SPACING[:2]).astype(int) + (5, 4)
@@ -198,9 +202,11 @@ def draw_study(anatomy, study, tumour):
     grid = [(a * s + o).astype(np.float32) for a, s, o in axes]
     fat = 0.06 + 0.3 * (girth - 0.95) * anatomy.uniform(0.5, 1)
     ct, suv, soft, inner = draw_frame(*grid, fat)
+    organs = np.zeros(shape, np.uint8)
     taken = np.zeros(shape, bool)  # at first by organs that are hot anyway
     for organ, mirrored, points, radii, hu, (low, high) in ORGANS:
         pairs = list(zip(points, points[1:], strict=False)) or [points * 2]
+        number = next((i for i, name in enumerate(MAPPED, 1) if organ.startswith(name)), 0)
         uptakes = np.exp(study.uniform(np.log(low), np.log(high), len(pairs)))
         for side in (1, -1) if mirrored else (1,):
             shift = anatomy.normal(0, 2, 3)
@@ -211,6 +217,7 @@ def draw_study(anatomy, study, tumour):
                 if organ == "vertebra":
                     mask &= grid[2][..., part] % 21 > 6  # leave the discs
                 ct[..., part][mask], suv[..., part][mask] = hu, uptake
+                organs[..., part][mask] = number
                 if organ.split()[0] in ("brain", "heart", "kidney", "bladder"):
                     taken[..., part] |= mask
     body = origin, step, ct, suv, inner, taken
@@ -224,16 +231,16 @@ def draw_study(anatomy, study, tumour):
     affine = np.diag((*SPACING * (-1, 1, 1), 1.0))
     affine[:3, 3] = middle * SPACING * (1, -1, -1)
     affine[2, 3] += round(study.uniform(-900, -600))
-    return ct, suv.astype(np.float32), seg, affine
+    return ct, suv.astype(np.float32), seg, organs, affine
 
 
 def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) -> None:
     """Write a simulated whole-body FDG-PET/CT cohort into `root`; simulated, not clinical.
 
     Every other patient has lesions, and the first four of these come twice, with new lesions in
-    the same anatomy. Each study is root/PETCT_<id>/<study>/{SUV,CTres,SEG}.nii.gz, as draw_study
-    gives it. `root`, absent or empty, appears once all is written. `progress` wraps their list.
-    Raises UserError if `root` holds something.
+    the same anatomy. Each study is root/PETCT_<id>/<study>/{SUV,CTres,SEG,ORGANS}.nii.gz, as
+    draw_study gives it, and root/organs.json names the organs. `root`, absent or empty, appears
+    once all is written. `progress` wraps their list. Raises UserError if `root` holds something.
     """
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root}: is not empty. Give another folder.")
@@ -250,13 +257,14 @@ def write_phantom(root: Path, patients=36, seed=0, progress: Callable = iter) ->
             folder /= f"{month:02d}-{day:02d}-{1999 + visit}-NA-PET-CT Ganzkoerper-{number}"
             folder.mkdir(parents=True)
             *arrays, affine = draw_study(anatomy, study, tumour=patient % 2 == 0)
-            for name, array in zip(("CTres", "SUV", "SEG"), arrays, strict=True):
+            for name, array in zip(("CTres", "SUV", "SEG", "ORGANS"), arrays, strict=True):
                 image = nib.Nifti1Image(array, affine)
                 image.header.set_xyzt_units("mm")
                 image.header["descrip"] = b"SIMULATED phantom, not clinical"
                 data = gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
                 with writing(root):
                     (folder / f"{name}.nii.gz").write_bytes(data)
+        write_json(partial / "organs.json", dict(enumerate(MAPPED, 1)))
         try:
             os.replace(partial, root)
         except OSError:

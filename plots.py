@@ -188,6 +188,10 @@ def study_row(model, case: Case, config, device, paper=False, seen=None, phi="")
         if not task.classes:
             note = task.title if task.target == slot else f"{names[task.target]} {task.title}"
             row[slot] = inputs[task.target] | {"image": out[slot][0], "note": note}
+        elif slot == variant.organs:
+            labels = out[slot].argmax(axis=0)
+            own = {name: labels == number for number, name in enumerate(task.classes, 1)}
+            row[slot] = inputs["ct"] | {"note": task.title, "lines": own}
         elif paper and {*task.classes} <= {*found}:
             note = " and ".join(task.classes) if len(variant.classes) > 1 else "segmentation"
             own = masks(out[slot], Variant(pet=task))

@@ -32,6 +32,7 @@ from devices import choose_amp, choose_device, use_threads
 from files import UserError, atomic, progress, read_json, reading, sweep, write_json
 from losses import LOSSES
 from mirror_unet import DATA_NAMES, IMAGE_NAMES, MirrorUNet, Network
+from organs import add_organs
 from phantom import PHANTOM, write_phantom
 from splits import PARTS, make_splits, read_splits
 from studies import find_studies, summarize
@@ -50,6 +51,9 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
     config = resolve(config, found.kind, phantom=config.data is None)
     how = config.workers, config.check, config.skip_bad, config.allow, say
     cases = prepare(root, found, preprocessing(config), Path(config.cache), *how)
+    if options.tasks(config, found.kind).organs:
+        cases, names = add_organs(cases, found.studies, root, config, say)
+        config = replace(config, organ_names=names)
     patients = len({case.patient for case in cases})
     ill = sum(case.has_lesion for case in cases)
     layout = found.layout + (", simulated" if config.data is None else "")
@@ -84,10 +88,11 @@ def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[s
 def studies_of(parts: dict[str, list[Case]], kind: str) -> dict[str, str]:
     """What a run is made from: the digest of each image of a study, and its place in the splits."""
     titles, found = dict(zip(("ct", "pet"), IMAGE_NAMES[kind], strict=True)), {}
+    titles |= {"label": "mask", "organs": "organs"}
     for part, cases in parts.items():
         for i, case in enumerate(cases):
             for slot, own in case.meta["digests"].items():
-                found[f"{case.name} ({titles.get(slot, 'mask')})"] = own
+                found[f"{case.name} ({titles[slot]})"] = own
             found[f"{case.name} (splits)"] = f"{part} {i}"
     return found
 
@@ -117,7 +122,7 @@ def build_model(config: Config) -> Network:
         model = system.build(config)
     else:
         theta = 0.2 if config.theta is None else config.theta
-        how = config.bottleneck, config.norm, config.classifier, config.widths
+        how = config.bottleneck, config.norm, config.classifier, config.widths, config.organ_names
         version = options.mirror_version(config)
         model = MirrorUNet(version, config.shared, config.kind, theta, *how)
     if any(side % model.stride or side < model.least for side in config.patch):

@@ -85,12 +85,14 @@ class Study:
     pet: Source
     label: Path | None
     classes: Classes = ((0, 0), (1, 1))
+    organs: Path | None = None  # only where organs.py reads its map
 
     @property
     def sources(self) -> dict[str, Source]:
-        """What it is made of, by slot: pet, ct and, if it has a mask, label."""
-        label = {"label": Source(self.label)} if self.label else {}
-        return {"pet": self.pet, "ct": self.ct} | label
+        """What it is made of, by slot: pet, ct and, if there, label and organs."""
+        more = {slot: getattr(self, slot) for slot in ("label", "organs")}
+        images = {"pet": self.pet, "ct": self.ct}
+        return images | {slot: Source(path) for slot, path in more.items() if path}
 
 
 class Found(NamedTuple):

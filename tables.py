@@ -79,6 +79,7 @@ METRICS = (
     Metric("fpv_healthy_ml", "healthy FPV ml", "{}fpv_ml", "healthy"),
     Metric("fnv_ml", "FNV ml", "{}fnv_ml", "ill"),
     Metric("lesion_f1", "lesion F1", "{}lesion_f1"),
+    Metric("organ_dice", "organ Dice", "{}organ_dice"),
     Metric("mtv_pred_ml", "MTV ml", "{}mtv_pred_ml", "ill"),
     Metric("mtv_true_ml", "true MTV ml", "mtv_true_ml", "ill"),
     Metric("tumor_accuracy", "T accuracy", "{}tumor_score", average=accuracy),
@@ -94,10 +95,12 @@ RULES = {  # by a metric that they are about
 
 
 def metrics_of(names) -> dict[str, Metric]:
-    """METRICS by name, and one for each class whose Dice, dice_<class>, is among the names."""
+    """METRICS by name, and one for each class whose Dice, dice_<class> or organ_dice_<organ>, is
+    among the names."""
     known = {metric.name: metric for metric in METRICS}
-    classes = [name for name in names if name.startswith("dice_") and name not in known]
-    return known | {name: Metric(name, name.removeprefix("dice_"), "{}" + name) for name in classes}
+    classes = [name for name in names if re.match("(organ_)?dice_", name)]
+    titles = {name: re.sub("^(organ_)?dice_", "", name) for name in classes}
+    return known | {name: Metric(name, title, "{}" + name) for name, title in titles.items()}
 
 
 def counted(studies: pd.DataFrame, metric: Metric, prefix: str = "") -> pd.Series:
@@ -296,11 +299,11 @@ def in_table_2(trial) -> bool:
 # which of the others are printed in it, and how.
 SEARCH_TABLES = {
     "table 2": (
-        {"version", "phi", "theta", "shared"}, {"lambdas", "free", "claims"}, in_table_2,
+        {"version", "phi", "theta", "shared"}, {"lambdas", "free", "claims", "organs"}, in_table_2,
         table_2_text,
     ),
     "lambdas": (
-        {"lambda_rec", "lambda_cls"}, {"layers", "theta", "table2", "free", "claims"},
+        {"lambda_rec", "lambda_cls"}, {"layers", "theta", "table2", "free", "claims", "organs"},
         lambda trial: None not in (trial["lambda_rec"], trial["lambda_cls"]), lambda_text,
     ),
 }  # fmt: skip
@@ -382,6 +385,16 @@ MORE_ARMS = {  # and with --samples all
     "v3, PET alone": {"version": "v3_pet_only"},
     "v3, another's CT": {"version": "v3", "ct": "other"},
 }
+ORGAN_ARMS = {  # what the CT branch learns
+    "v5": {"version": "v5"},
+    "v5 joint": {"version": "v5", "bottleneck": "joint"},
+    "v5 mean": {"version": "v5", "bottleneck": "mean"},
+}
+COMPARISONS = {  # what each search of arms trains
+    "claims": ARMS,
+    "organs": ORGAN_ARMS | {n: ARMS[n] for n in ("v3", "v3 joint", "v3 mean", "early fusion")},
+}
+EVERY_ARM = ARMS | MORE_ARMS | ORGAN_ARMS
 CLAIMS = (  # an arm minus another one, a metric, and the difference in the paper
     ("v2", "v1", "dice", 0.93),
     ("v3", "v2", "dice", 0.41),
@@ -398,6 +411,10 @@ CLAIMS = (  # an arm minus another one, a metric, and the difference in the pape
     ("v1", "v1, another's CT", "dice", math.nan),  # controls: is CT the cause, or sharing it?
     ("v1", "v1, nothing shared", "dice", math.nan),
     ("v1", "v1, no reconstruction", "dice", math.nan),
+    ("v5", "v3", "dice", math.nan),  # beyond the paper
+    ("v5 joint", "v3 joint", "dice", math.nan),
+    ("v5 mean", "v3 mean", "dice", math.nan),
+    ("v5 mean", "early fusion", "dice", math.nan),
 )
 LEVEL = 1 - 0.05 / len(CLAIMS)  # of each interval, so that all hold together at 95 %
 NO_VERDICT = ("not run", "left out")  # in place of one
@@ -405,9 +422,8 @@ NO_VERDICT = ("not run", "left out")  # in place of one
 
 def arm_of(config: Config) -> str | None:
     """Which of the arms a trial is."""
-    arms = ARMS | MORE_ARMS
-    names = {name for options in arms.values() for name in options}
-    for title, options in arms.items():
+    names = {name for options in EVERY_ARM.values() for name in options}
+    for title, options in EVERY_ARM.items():
         if options["version"] == config.version:
             arm = resolve(Config(rec=config.rec, **options), config.kind, config.data is None)
             if all(getattr(arm, name) == getattr(config, name) for name in names):
@@ -416,10 +432,10 @@ def arm_of(config: Config) -> str | None:
 
 
 def claim_groups(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The trials of --search claims by what holds for all arms: budget, cohort, learning rate."""
-    apart = {name for options in (ARMS | MORE_ARMS).values() for name in options}
+    """The trials of COMPARISONS by what holds for all arms: budget, cohort, learning rate."""
+    apart = {name for options in EVERY_ARM.values() for name in options}
     apart |= {name for name, f in OPTIONS.items() if "used" in f.metadata}  # some arms read them
-    asked = trials[of_search(trials, "claims")]
+    asked = trials[np.any([of_search(trials, name) for name in COMPARISONS], axis=0)]
     return comparable(asked, apart | {"recipe"})
 
 

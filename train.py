@@ -118,7 +118,7 @@ def refuse_batches(config: Config, model: Network, world: int, studies: int) -> 
 def load_crops(cases: list[Case], state: State) -> Loader:
     """The batches of an epoch: --steps, or every study --crops times."""
     config, ranks = state.config, state.ranks
-    how = config.lesion_p, config.class_label, config.ct
+    how = config.lesion_p, config.class_label, config.ct, bool(config.organ_names)
     crops = Patches(cases, config.patch, config.seed, *how)
     steps = config.steps or -(-len(cases) * config.crops // config.batch_size)
     schedule = Schedule(steps, config.batch_size, ranks.rank, ranks.world)

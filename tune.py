@@ -23,13 +23,15 @@ import numpy as np
 
 import config as options
 import runs
+from baselines import LATE_FUSIONS
 from config import Config, plain
 from devices import choose_device
+from eval import run_command as evaluate
 from files import Parser, UserError, command_line, read_json, write_json
 from mirror_unet import VARIANTS
 from runs import ENDED, Busy, look, only_writer, read_metrics
 from studies import find_studies
-from tables import ARMS, MORE_ARMS, SHARED, report
+from tables import COMPARISONS, MORE_ARMS, SHARED, report
 from train import train
 
 # ------------------------------------------------------------------ what a search varies
@@ -37,6 +39,12 @@ from train import train
 LAMBDAS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]  # supplement Fig. 1
 THETAS = [0.1, 0.2, 0.3, 0.4, 0.5, "learn"]  # Table 2
 PHIS = ["none", "noise", "shuffle"]
+
+
+def as_grid(arm: dict) -> dict[str, list]:
+    """The grid of one trial."""
+    return {name: [value] for name, value in arm.items()}
+
 
 # A search is one grid or several: every combination of the values of its options is a trial.
 SPACES = {
@@ -47,9 +55,9 @@ SPACES = {
     "theta": [dict(version=["v4"], theta=THETAS, shared=SHARED)],
 }
 SPACES["table2"] = SPACES["layers"] + SPACES["theta"]
-SPACES["claims"] = [{name: [value] for name, value in arm.items()} for arm in ARMS.values()]
-MORE = {"claims": [{name: [value] for name, value in arm.items()} for arm in MORE_ARMS.values()]}
-SEEDS = {"claims": [0, 1, 2]}  # by default; of the other searches 0, and fold 0
+SPACES |= {n: [*map(as_grid, arms.values())] for n, arms in COMPARISONS.items()}
+MORE = {"claims": [*map(as_grid, MORE_ARMS.values())]}  # with --samples all
+SEEDS = dict.fromkeys(COMPARISONS, [0, 1, 2])  # by default; of the other searches 0, and fold 0
 
 # --search free draws one of a list, each of a range with probability 1/2, or a number between two
 # (its logarithm is uniform); an option that the drawn version does not read is left out.
@@ -71,7 +79,7 @@ def settings(search: str, given: dict, seeds: list[int], folds: list[int], sampl
     What its version does not read is left out, such as λ_cls of v2; but a given option that no
     trial reads stays, so that resolve() refuses it. Raises UserError.
     """
-    arms = [*SPACES[search], *MORE[search]] if search in MORE else []
+    arms = [*SPACES[search], *MORE.get(search, ())] if search in COMPARISONS else []
     arms = {name for arm in arms for name in arm}
     if fixed := sorted(arms & given.keys()):
         raise UserError(f"{options.flag_of(fixed[0])}: --search {search} sets it. Leave it out.")
@@ -376,6 +384,19 @@ def schedule(args: argparse.Namespace, trials: list[Config], todo: list[Config])
                 shutil.rmtree(session.address_info["session_dir"], ignore_errors=True)
 
 
+def fuse(trials: list[Config]) -> None:
+    """Late fusion, for Table 3, of trials of ct and pet of one seed and fold that ended; each in a
+    folder beside them."""
+    done = [trial for trial in trials if state(trial)["status"] == "done"]
+    places = {(trial.version, trial.fold, trial.seed): Path(trial.out) for trial in done}
+    for (version, *repeat), ct in places.items():
+        if version == "ct" and (pet := places.get(("pet", *repeat))):
+            for mode in LATE_FUSIONS:
+                out = ct.with_name(f"late_fusion_{mode}-{ct.name}")
+                if not (out / "summary.json").exists():
+                    evaluate([str(ct), str(pet), "--late-fusion", mode, "--out", str(out)])
+
+
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """The search's own options, and those of train.py that hold for all trials."""
     parser = Parser(description="Options of train.py hold for all trials.")
@@ -384,8 +405,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     command("--report", metavar="DIR", help="print the tables of a search folder")
     own = parser.add_argument
     own("--out", help="folder of the search [runs/<search>]")
-    own("--seed", type=int, nargs="+", metavar="", help="one or more seeds [0; claims: 0 1 2]")
-    own("--fold", nargs="+", metavar="", help="one or more folds, or all [0; claims: all]")
+    own("--seed", type=int, nargs="+", metavar="", help="one or more seeds [0; of arms 0 1 2]")
+    own("--fold", nargs="+", metavar="", help="one or more folds, or all [0; of arms all]")
     own("--samples", metavar="", help="trials of --search free for each seed [32]; claims: all")
     own("--address", help="of a Ray cluster [RAY_ADDRESS, else this machine alone]")
     own("--gpus-per-trial", type=float, metavar="", help="[1 if there is one]; 0.5: two share it")
@@ -412,7 +433,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     args.out = Path(args.out or f"runs/{args.search}").resolve()
     given = options.as_options(args, names)
     options.check(Config(**given))  # before an empty path becomes the working folder
-    given |= {n: str(Path(given[n]).resolve()) for n in ("data", "cache", "splits") if n in given}
+    paths = given.keys() & {"data", "cache", "splits", "organs"}
+    given |= {name: str(Path(given[name]).resolve()) for name in paths}
     return args, given
 
 
@@ -430,6 +452,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"search     {args.out}: {len(trials)} trials, {done} finished before", flush=True)
         if todo:
             schedule(args, trials, todo)
+        fuse(trials)
         runs.read_trials(args.out)
     print(f"\nresults    {args.out / 'results.csv'}; tables: python tune.py --report '{args.out}'")
     if left := sum(state(trial)["status"] not in ENDED for trial in trials):

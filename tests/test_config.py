@@ -47,6 +47,7 @@ from mirror_unet import VARIANTS
         ("mri", "v2-rec", False, {"lambda_seg": 0.5, "lambda_rec": 1e-4, "phi": "shuffle"}),
         ("petct", "v2", True, {"patch": (48, 48, 48), "folds": 3, "lr": 1e-3, "epochs": 10}),
         ("petct", "v3_ct_only", False, {"modality": "ct", "lambda_cls": 1e-3, "phi": "shuffle"}),
+        ("petct", "v5", False, {"lambda_org": 0.1, "lambda_cls": 1e-3, "phi": "none"}),
         ("petct", "nnunet", False, {"lambda_seg": None, "phi": "none", "theta": None}),
     ],
 )  # fmt: skip
@@ -54,7 +55,7 @@ def test_defaults_are_those_of_the_paper(kind, version, phantom, expected):
     config = resolve(Config(version=version), kind, phantom)
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.kind == kind
-    optional = {"data", "out", "steps", "splits", "theta"}
+    optional = {"data", "organs", "out", "steps", "splits", "theta"}
     optional |= {name for name in OPTIONS if name.startswith("lambda")}
     assert not [n for n, v in asdict(config).items() if v is None and n not in optional]
 
@@ -162,7 +163,7 @@ def test_every_option_is_a_flag_in_a_group_and_every_name_of_version_is_listed(c
     parser = argparse.ArgumentParser()
     add_flags(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    names = {f.name for f in fields(Config)} - {"kind"}  # found from the data
+    names = {f.name for f in fields(Config)} - {"kind", "organ_names"}  # found from the data
     assert flags == {f"--{name.replace('_', '-')}" for name in names} | {"-h", "--help"}
     with pytest.raises(SystemExit) as end:
         train.parse(["--help"])

@@ -3,15 +3,16 @@
 import hashlib
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-import data
 from cache import Case
 from data import Loader, Patches, Schedule, add_noise, lend_ct, shuffle_voxels
 from files import UserError
+from losses import UNKNOWN
 
 KEYS = [(1, i) for i in range(24)]
 
@@ -162,7 +163,7 @@ def test_studies_borrow_the_ct_of_the_next_patient(of_patients):
         lend_ct(cases[:2], "other")
 
 
-def test_labels_of_a_crop(stored, monkeypatch):
+def test_labels_of_a_crop(stored):
     case, healthy = stored((30, 30, 30), [(2, 2, 2)]), stored((9, 9, 9), name="b")
     for class_label in ("crop", "volume"):
         crops = Patches([case], (4, 4, 4), 0, class_label=class_label)
@@ -172,11 +173,16 @@ def test_labels_of_a_crop(stored, monkeypatch):
     healthy.meta["lesion_voxels"] = 1  # lost in resampling
     assert not Patches([healthy], (4, 4, 4), 0, lesion_p=1.0)[0, 0]["mask"].any()
     np.save(case.folder / "organs.npy", 7 * np.load(case.folder / "label.npy"))
-    case.meta["arrays"]["organs"] = case.meta["arrays"]["label"]
-    monkeypatch.setattr(data, "LABELS", {"mask": "label", "organs": "organs"})
-    item = Patches([case], (4, 4, 4), 0, lesion_p=1.0)[0, 0]
+    mapped = Case({"arrays": {"organs": case.meta["arrays"]["label"]}}, case.folder)
+    with_map = replace(case, organs=mapped)
+    item = Patches([with_map], (4, 4, 4), 0, lesion_p=1.0, organs=True)[0, 0]
     assert list(item) == ["image", "mask", "organs", "tumor"]
     assert torch.equal(item["organs"], 7 * item["mask"]) and item["mask"].sum() == 1
+    assert list(Patches([with_map], (4, 4, 4), 0)[0, 0]) == ["image", "mask", "tumor"]
+    beyond = Patches([with_map], (40, 4, 4), 0, organs=True)[0, 0]  # no organ is there
+    assert beyond["organs"][0].max() == 0
+    unknown = Patches([case], (40, 4, 4), 0, organs=True)[0, 0]
+    assert (unknown["organs"] == UNKNOWN).all()  # also there
 
 
 def same(a, b):

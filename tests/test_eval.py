@@ -377,6 +377,7 @@ def case_of(folder, label):
     arrays, meta = preprocess(study, replace(PREPROCESSING["petct"], spacing=(2.0, 3.0, 5.0)))
     for name, array in arrays.items():
         np.save(folder / name, array)
+    meta["arrays"] = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
     return Case(meta, folder), pet
 
 

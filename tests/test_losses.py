@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from losses import LOSSES, dice_ce, gradient_norms, reconstruction
+from losses import LOSSES, UNKNOWN, dice_ce, gradient_norms, reconstruction
 from mirror_unet import MirrorUNet, Output
 
 torch.set_num_threads(1)  # tensors are small: more threads only wait for each other
@@ -18,6 +18,10 @@ TERMS = {  # of every version, by the weight that scales them
         "lambda_rec": {"rec_ct", "rec_pet"}, "lambda_seg": {"seg"}, "lambda_cls": {"cls"},
     },
     ("petct", "v4"): {None: {"seg"}},  # Eq. 4 has no weights
+    ("petct", "v5"): {
+        "lambda_rec": {"rec_pet"}, "lambda_seg": {"seg"}, "lambda_cls": {"cls"},
+        "lambda_org": {"organs"},
+    },
     ("mri", "v1"): {"lambda_seg": {"seg_edema", "seg_core"}},
     ("mri", "v2"): {"lambda_seg": {"seg_edema", "seg_core", "seg_whole"}},
     ("mri", "v2-rec"): {"lambda_rec": {"rec_ct", "rec_pet"}, "lambda_seg": {"seg"}},
@@ -25,7 +29,8 @@ TERMS = {  # of every version, by the weight that scales them
 
 
 def weights(rec="l2", **changed):
-    given = {"lambda_rec": 0.01, "lambda_seg": 0.7, "lambda_cls": 0.3, "rec": rec}
+    given = {"lambda_rec": 0.01, "lambda_seg": 0.7, "lambda_cls": 0.3, "lambda_org": 0.2}
+    given["rec"] = rec
     return SimpleNamespace(**given | changed)
 
 
@@ -128,6 +133,24 @@ def test_equations_1_to_4():
     assert found == pytest.approx(expected["v3"] | squares, abs=1e-5)
 
 
+def test_organs_take_the_place_of_ct_where_they_are_known():
+    mask, organs = torch.zeros(2, 2, 2, 2, dtype=torch.uint8), torch.zeros(2, 2, 2, 2).byte()
+    mask[0, 0], organs[0, 0, 0, 0] = 1, 1  # 4 voxels of lesion, 1 of the organ
+    pet, pet_rec = differing((8.0, 6.0), (3.0, -4.0))
+    out = Output(seg=flat(0.8), ct=flat(0.6), btl=pet_rec, tumor=torch.zeros(2))
+    batch = {"pet": pet, "mask": mask, "organs": organs, "tumor": torch.tensor([1.0, 0.0])}
+    expected = {"seg": 0.7 * flat_dice_ce(0.8, 4), "rec_pet": 0.01 * 7.5, "cls": 0.3 * math.log(2)}
+
+    def found():
+        return values(LOSSES["petct"]["v5"](out, batch, weights()))
+
+    assert found() == pytest.approx(expected | {"organs": 0.2 * flat_dice_ce(0.6, 1)}, abs=1e-5)
+    organs[1] = UNKNOWN  # 8 voxels are left
+    assert found() == pytest.approx(expected | {"organs": 0.2 * flat_dice_ce(0.6, 1, 8)}, abs=1e-5)
+    organs[0] = UNKNOWN
+    assert found() == pytest.approx(expected | {"organs": 0.0}, abs=1e-5)
+
+
 def test_brain_tumour_losses():
     mask = torch.zeros(2, 2, 2, 2, dtype=torch.long)
     mask[0, 0], mask[1, 1, 1] = 1, 2  # 4 voxels of edema, 2 of core
@@ -147,10 +170,11 @@ def test_every_term_has_its_weight_and_shapes_the_shared_layer(kind, version):
     ct, pet = torch.rand(2, 2, 1, 32, 16, 16)
     mask = torch.randint(0, 2 if kind == "petct" else 3, (2, 32, 16, 16))
     batch = {"ct": ct, "pet": pet, "mask": mask, "tumor": torch.tensor([1.0, 0.0])}
+    batch["organs"] = 1 - mask
     out, scaled = net(ct, pet), TERMS[kind, version]
     terms = LOSSES[kind][version](out, batch, weights())
     assert set(terms) == set().union(*scaled.values())
-    for weight in ("lambda_rec", "lambda_seg", "lambda_cls"):
+    for weight in ("lambda_rec", "lambda_seg", "lambda_cls", "lambda_org"):
         doubled = {weight: 2 * getattr(weights(), weight)}
         found = values(LOSSES[kind][version](out, batch, weights(**doubled)))
         own = scaled.get(weight, ())

@@ -25,6 +25,7 @@ FIELDS = {  # channels of every field that a version fills; tumor is one logit p
     ("petct", "v2"): {"seg": 2, "pet": 2, "ct": 1, "btl": 1},
     ("petct", "v3"): {"seg": 2, "pet": 2, "ct": 1, "btl": 1, "tumor": 0},
     ("petct", "v4"): {"seg": 2, "pet": 2, "ct": 2},
+    ("petct", "v5"): {"seg": 2, "pet": 2, "ct": 2, "btl": 1, "tumor": 0},
     ("mri", "v1"): {"seg": 3, "pet": 2, "ct": 2},
     ("mri", "v2"): {"seg": 3, "pet": 2, "ct": 2, "btl": 2},
     ("mri", "v2-rec"): {"seg": 3, "pet": 3, "ct": 1, "btl": 1},
@@ -84,6 +85,38 @@ def test_counts_of_layers_and_other_networks():
     assert count("v1", kind="mri") == two_branches
     assert count("v2", kind="mri") == two_branches + 1_100_153 - 467 + 986
     assert count("v2-rec", kind="mri") == two_branches - 2 * 1_845 + 2_848 + 896 + 1_100_153
+
+
+@pytest.mark.parametrize("shared", TABLE_2)
+def test_organs_cost_a_wider_output_layer(shared):
+    ten = tuple(f"organ {i}" for i in range(10))
+    wider = (32 * 11 * 27 + 11 + 2 * 11 + 1 + 11 * 11 * 27 + 11) - 896  # 11 channels in place of 1
+    v3 = TABLE_2[shared][1] + 256
+    pinned = {
+        (3,): 10_563_650, (4,): 9_899_650, (5,): 8_096_514, (6,): 10_010_754, (7,): 10_646_850,
+        (4, 5, 6): 6_436_350, (3, 4, 5, 6, 7): 6_076_282,
+    }  # fmt: skip
+    assert count("v5", shared, organs=ten) == v3 + wider == pinned[shared]
+
+
+def test_v5_is_v3_but_for_what_its_ct_branch_puts_out():
+    v3 = net_of("petct", "v3").eval()
+    v5 = net_of("petct", "v5", organs=("a", "b", "c")).eval()
+    assert v5.variant.tasks["ct"].classes == ("a", "b", "c") and v5.variant.organs == "ct"
+    wider = {n for n, p in v5.state_dict().items() if n.startswith("ct.8.")}
+    v3.load_state_dict(v5.state_dict() | {n: v3.state_dict()[n] for n in wider})
+    with torch.no_grad():
+        theirs, ours = v3(wave(0.0), wave(1.0)), v5(wave(0.0), wave(1.0))
+    for name in ("seg", "pet", "btl", "tumor"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    expected = [0.068587, 0.062778, -0.082879, 0.194570]
+    assert ours.ct[0, :, 3, 7, 11].tolist() == pytest.approx(expected, abs=1e-5)
+    assert (
+        depends(v5, lambda out: out.seg) == PET_ONLY and depends(v5, lambda out: out.ct) == CT_ONLY
+    )
+    for bottleneck in ("joint", "mean"):
+        net = net_of("petct", "v5", bottleneck=bottleneck).eval()
+        assert depends(net, lambda out: out.seg) == depends(net, lambda out: out.ct) == BOTH
 
 
 @pytest.mark.parametrize("norm", ["shared", "private"])
@@ -172,7 +205,7 @@ def test_variants_have_the_tasks_of_fig_2_and_what_follows_from_them():
         assert (variant.restores, variant.classes) == (restores, classes)
     rows = {(kind, version): VARIANTS[kind][version] for kind, version in FIELDS}
     for key, row in rows.items():  # Φ keeps CT's reconstruction from copying
-        assert row.phi == (FIELDS[key]["ct"] == 1) == (row.ct.target == "ct")
+        assert (row.phi == "shuffle") == (FIELDS[key]["ct"] == 1) == (row.ct.target == "ct")
         assert row.btl is None or row.btl.target == ("pet" if row.phi else "mask")
         assert row.tumor == ("tumor" in FIELDS[key]) and row.join is None
     found = {slot: task.classes for slot, task in rows["mri", "v2"].tasks.items()}
@@ -302,7 +335,7 @@ def test_classifier_is_its_formula():
 
 def test_bad_options_patches_and_heads_are_refused():
     for options, message in (
-        ({"version": "v5"}, "v5 .*choose from v1, v2, v3, v4"),
+        ({"version": "v6"}, "v6 .*choose from v1, v2, v3, v4, v5"),
         ({"version": "v4", "kind": "mri"}, "v4 .*choose from v1, v2, v2-rec"),
         ({"kind": "ultrasound"}, "not defined for ultrasound: choose from petct, mri"),
         ({"shared": (0, 5)}, r"shared layers \[0, 5\]"),

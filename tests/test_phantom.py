@@ -2,10 +2,12 @@
 
 import gzip
 import hashlib
+import json
 import runpy
 import sys
 from collections import defaultdict
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -37,7 +39,7 @@ def cohort(tmp_path_factory):
 
 def test_the_files_are_those_of_the_pinned_hash(cohort):
     seen = hashlib.sha256()
-    for file in sorted(cohort.rglob("*.nii.gz")):
+    for file in sorted(cohort.rglob("[CS]*.nii.gz")):
         seen.update(file.relative_to(cohort).as_posix().encode())
         seen.update(gzip.decompress(file.read_bytes()))
     assert (phantom.VERSION, seen.hexdigest()) == PINNED
@@ -47,7 +49,7 @@ def test_a_patient_is_the_same_in_a_cohort_of_any_size(cohort, tmp_path):
     argv = ["phantom.py", "--patients", "2", "--out", str(tmp_path / "two")]
     assert run_as_command(argv) == 0
     files = sorted((tmp_path / "two").rglob("*.nii.gz"))
-    assert len(files) == 3 * 3  # the first patient comes twice
+    assert len(files) == 3 * 4  # the first patient comes twice
     for file in files:
         assert file.read_bytes() == (cohort / file.relative_to(tmp_path / "two")).read_bytes()
 
@@ -80,7 +82,7 @@ def spots_of(seed, tumour):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phantom, "draw_spots", lambda *a: masks.append(draw(*a)) or masks[-1])
         rngs = (np.random.default_rng([seed, i]) for i in (1, 2))
-        ct, suv, seg, _ = phantom.draw_study(*rngs, tumour=tumour)
+        ct, suv, seg, *_ = phantom.draw_study(*rngs, tumour=tumour)
     assert masks[2] is seg
     rows = []
     for mask in masks:
@@ -128,8 +130,27 @@ def test_studies_look_like_autopet(cohort):
 
 def test_another_seed_gives_other_patients(cohort, tmp_path):
     write_phantom(tmp_path / "other", patients=1, seed=1)
-    (patient,) = (tmp_path / "other").iterdir()
+    (patient,) = (tmp_path / "other").glob("PETCT_*")
     assert not (cohort / patient.name).exists()
+
+
+def test_organs_lie_where_ct_and_pet_show_them(cohort):
+    names = json.loads((cohort / "organs.json").read_text())
+    assert [*names] == [str(i) for i in range(1, len(phantom.MAPPED) + 1)]
+    number = {name: int(i) for i, name in names.items()}
+    for study in find_studies(cohort).studies:
+        ct, suv = (volume.data for volume in map(read_study(study).get, ("ct", "pet")))
+        image = nib.load(study.pet.path.with_name("ORGANS.nii.gz"))
+        organs = np.asarray(image.dataobj)
+        assert (image.affine == nib.load(study.pet.path).affine).all()
+        middle = {name: np.median(ct[organs == i]) for name, i in number.items()}
+        assert middle["lung"] < -700 and -30 < middle["bladder"] < 30 and middle["liver"] > 45
+        uptake = {name: np.median(suv[organs == i]) for name, i in number.items()}
+        assert min(uptake["brain"], uptake["bladder"]) > 4 > 1 > uptake["lung"]
+        right, left = (np.argwhere(organs == number[n])[:, 0].mean() for n in ("liver", "spleen"))
+        assert right < left and not organs[0].any()  # indices rise to the left
+        sizes = np.bincount(organs.ravel())
+        assert sizes[1:].min() > 50 and sizes[number["lung"]] > sizes[number["heart"]]
 
 
 def test_it_appears_complete_or_not_at_all(tmp_path):

@@ -357,9 +357,13 @@ def test_a_task_with_other_classes_needs_no_change_here():
         figure = plots.draw_grid([row], ["name"], settings(), paper=True)
         assert [a.get_title() for a in figure.axes if a.spines["top"].get_visible()] == boxed
         panel, outlines = row["ct"], texts(figure.legends[0].get_texts())
-        if target == "organs":  # of labels that the mask has not
-            assert panel["note"] == "p(organ)" and outlines == ["prediction"]
-            assert panel["image"][0, 5] == pytest.approx(1 - 1 / (2 + np.exp(3)))
+        if target == "organs":  # of labels that the mask has not: outlines on CT
+            assert panel["note"] == "p(organ)" and outlines == ["liver", "prediction"]
+            assert (panel["image"] == row["seen"]["image"]).all()
+            liver = np.rot90(
+                (X > 2)[:, 0]
+            )  # in the plane of the other slots, of which all are alike
+            assert (panel["lines"]["liver"] == liver).all() and not panel["lines"]["spleen"].any()
         else:
             assert panel["note"] == "liver and spleen" and outlines == ["liver", "lesion"]
             assert len({line.get_color() for line in figure.legends[0].get_lines()}) == 2

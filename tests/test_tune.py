@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from test_runs import other_writer
 
+import eval as evaluation
 import runs
 import tables
 import train
@@ -27,6 +28,11 @@ from files import UserError, write_json
 
 ROOT = Path(__file__).parent.parent
 FEW = "--patch 16 --spacing 16 --epochs 2 --steps 2 --val-every 1 --widths 4 8 8 16 16"
+TINY = dict(
+    patch=(16, 16, 16), epochs=1, steps=1, batch_size=2, threads=1, workers=0, amp="none",
+    device="cpu",
+)  # fmt: skip
+WITH_TINY = ("patch=16", "spacing=16", "folds=3")
 ONE = "--search lambdas --phi none --lambda-rec 0.1 --lambda-cls 0.1"  # a grid of one trial
 
 
@@ -42,6 +48,7 @@ def test_claims_repeat_their_arms_by_fold_and_seed():
     places = [(c.fold, c.seed) for c in found[:: len(tables.ARMS)]]
     assert places == [(0, 0), (0, 1), (2, 0), (2, 1)]
     assert len(configs("claims", samples="all")) == len(tables.ARMS | tables.MORE_ARMS)
+    assert [tables.arm_of(c) for c in configs("organs")] == [*tables.COMPARISONS["organs"]]
     usual = resolve(Config(folds=4), "petct", True)
     assert tune.folds_of(["all"], usual) == [0, 1, 2, 3] and tune.folds_of(["2", "0"], usual) == [
         2,
@@ -186,6 +193,29 @@ def make_trial(root, name, status="waiting", dices=(), epochs=4):
         name = {"done": "summary.json", "stopped": "stopped.json"}[status]
         write_json(run / name, end | {"systems": {"model": {}}})
     return config
+
+
+def test_late_fusion_of_the_trials_that_ended(base, tmp_path, capsys):
+    trials = []
+    for version, seed in (("ct", 0), ("pet", 0), ("ct", 1), ("pet", 2)):
+        out = tmp_path / f"{version}-{seed}"
+        config = Config(version=version, seed=seed, out=str(out), **TINY)
+        own = dict(data=base.data, cache=base.cache, spacing=base.spacing, folds=3)
+        trials.append(resolve(replace(config, **own), "petct", False))
+        train.train(trials[-1])
+    tune.fuse([trials[0], replace(trials[1], epochs=2)])  # the second one has not ended
+    assert not [*tmp_path.glob("late_fusion*")]
+    tune.fuse(trials)
+    names = {f"late_fusion_{mode}-ct-0" for mode in ("logits", "union", "intersection")}
+    assert {path.name for path in tmp_path.glob("late_fusion*")} == names
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("late*/*")}
+    tune.fuse(trials)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("late*/*")} == before
+    capsys.readouterr()
+    evaluation.run_command([str(tmp_path), "--table", "3", "--with", *WITH_TINY])
+    rows = capsys.readouterr().out.splitlines()
+    done = [row.split("|")[1].strip() for row in rows if "1 seeds" in row or "2 seeds" in row]
+    assert done == ["CT", "PET", "LF-Logit", "LF-∪", "LF-∩"]
 
 
 def test_the_list_tells_the_hours_left(tmp_path, capsys):
