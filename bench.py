@@ -37,6 +37,7 @@ except ImportError:  # step, infer and metrics read no images
     nib = sys.modules["nibabel"] = mock.MagicMock(__version__="absent")
 
 import cache
+import preprocess
 import runs
 import train
 from config import MOST, OPTIONS, Config, add_flags, as_options, resolve
@@ -228,18 +229,18 @@ def bench_metrics(args) -> dict:
 def bench_preprocess(args) -> dict:
     config, device = settle(args)
     studies = find_studies(Path(config.data or PHANTOM)).studies[: args.limit]
-    settings = cache.preprocessing(config)
+    settings = preprocess.preprocessing(config)
 
     def once():
         with TemporaryDirectory(dir=args.scratch) as scratch:
             for i, study in enumerate(studies):
-                make = partial(cache.preprocess, study, settings)
+                make = partial(preprocess.preprocess, study, settings)
                 if findings := cache.fill_cache(study, make, Path(scratch, f"{i}")):
                     raise UserError("\n".join(map(str, findings)))
             return read_json(Path(scratch, f"{i}", "meta.json"))
 
     found, meta = measure(once, device, args.warmup, args.repeat)
-    whole = cache.grid_positions(meta["native_shape"], meta["native_spacing"], meta["spacing"])
+    whole = preprocess.grid_positions(meta["native_shape"], meta["native_spacing"], meta["spacing"])
     voxels = int(np.prod([len(p) for p in whole]))  # of the study, before the crop to the body
     values = {"voxels_per_study": voxels, "voxels_kept": int(np.prod(meta["shape"]))}
     return report(args, device, found, "voxels_per_s", voxels * len(studies), values)

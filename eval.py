@@ -25,12 +25,13 @@ from torch import Tensor
 
 import tables
 from baselines import LATE_FUSIONS, LateFusion
-from cache import Case, body_box, preprocess, preprocessing, to_native
+from cache import Case
 from config import Config, add_flags, as_options, flag_of, read_settings
 from data import lend_ct
 from devices import autocast
 from files import Parser, UserError, atomic, command_line, progress, read_json, write_json
 from mirror_unet import DATA_NAMES, UNIONS, Variant, decide, margins
+from preprocess import body_box, preprocess, preprocessing, to_native
 from runs import load_run, open_data, save_config, saved_splits
 from studies import BadStudy, find_studies, list_findings
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from cache import Case, cached_case, fill_cache, hash_of, run_parallel, to_cached
+from cache import Case, cached_case, fill_cache, run_parallel
 from files import UserError, read_json
+from preprocess import hash_of, to_cached
 from studies import BadStudy, Finding, Study, list_findings, misplaced, nifti, read_nifti, stems
 
 MOST = 254  # organs; in a batch 255 stands for what is not known
@@ -46,7 +47,7 @@ def find_maps(studies: list[Study], given: Path | None) -> dict[str, Path]:
 
 def read_map(study: Study, case: Case) -> tuple[dict, dict]:
     """The map of a study, each voxel of its files and of its cache that of the nearest in the map:
-    arrays and meta as cache.preprocess has them; native_organ as its native_class.
+    arrays and meta as preprocess has them; native_organ as its native_class.
 
     Raises BadStudy for a damaged map, other values than whole numbers up to MOST, another place.
     """

@@ -18,13 +18,14 @@ import torch
 from scipy import ndimage
 from scipy.special import softmax
 
-from cache import PREPROCESSING, THRESHOLD_SUV, Case
+from cache import Case
 from config import add_flags, as_options
 from data import lend_ct, shuffle_voxels
 from devices import autocast
 from eval import EIGHTEEN, EVAL_OPTIONS, bits, choose_cases, named_masks, see, sliding_window
 from files import Parser, UserError, atomic, command_line
 from mirror_unet import IMAGE_NAMES, UNIONS, VARIANTS, Variant
+from preprocess import PREPROCESSING, THRESHOLD_SUV
 from runs import load_run, open_data, read_metrics, read_trials, terms_of
 from tables import (
     NO_VERDICT,

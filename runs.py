@@ -26,7 +26,7 @@ import scipy
 import torch
 
 import config as options
-from cache import Case, prepare, preprocessing
+from cache import Case, prepare
 from config import OPTIONS, Config, as_config, plain, resolve, system_of
 from devices import choose_amp, choose_device, use_threads
 from files import UserError, atomic, progress, read_json, reading, sweep, write_json
@@ -34,6 +34,7 @@ from losses import LOSSES
 from mirror_unet import DATA_NAMES, IMAGE_NAMES, MirrorUNet, Network
 from organs import add_organs
 from phantom import PHANTOM, write_phantom
+from preprocess import preprocessing
 from splits import PARTS, make_splits, read_splits
 from studies import find_studies, summarize
 

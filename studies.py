@@ -80,7 +80,7 @@ class Study:
 
     name: str
     patient: str | None  # None, only in a reader: its layout does not tell
-    kind: str  # a key of cache.PREPROCESSING
+    kind: str  # a key of preprocess.PREPROCESSING
     ct: Source
     pet: Source
     label: Path | None

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cache import THRESHOLD_SUV
 from certainty import holm, interval, sign_flip
 from config import OPTIONS, Config, in_words, key_of, reads, resolve
 from files import UserError, atomic, read_json, reading
+from preprocess import THRESHOLD_SUV
 from runs import cohort_of, is_finished, read_trials, saved_config, saved_splits
 
 

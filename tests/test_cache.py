@@ -18,8 +18,9 @@ from scipy.spatial.transform import Rotation
 
 import cache
 import files
-from cache import PREPROCESSING, preprocess
+import preprocess as preprocessing
 from files import HERE, UserError
+from preprocess import PREPROCESSING, preprocess, to_native
 from studies import BadStudy, Source, Study, find_studies, read_study
 
 PETCT, MRI = PREPROCESSING["petct"], PREPROCESSING["mri"]
@@ -89,7 +90,7 @@ def test_resample_beyond_the_border():
     positions = [np.array([0, 0.25, 3.9, 4.4]), np.array([0, 0.5]), np.linspace(0, 6, 11)]
     grid = np.meshgrid(*positions, indexing="ij")
     expected = ndimage.map_coordinates(image.astype(float), grid, order=1, mode="nearest")
-    np.testing.assert_allclose(cache.resample(image, positions), expected, atol=1e-6)
+    np.testing.assert_allclose(preprocessing.resample(image, positions), expected, atol=1e-6)
 
 
 def test_mri_is_resampled_then_scaled(tmp_path):
@@ -129,7 +130,7 @@ def test_order_of_axes_does_not_matter(tmp_path, axes):
         assert np.array_equal(got[name], expected[name]), name
     assert [again["digests"][n] == meta["digests"][n] for n in ("ct", "pet")] == [True, True]
     got, meta = preprocess(study, replace(PETCT, spacing=spacing))  # so that the way back is exact
-    back = cache.to_native(json.loads(json.dumps(meta)), got["label"][None], is_class)
+    back = to_native(json.loads(json.dumps(meta)), got["label"][None], is_class)
     assert back.dtype == np.uint8 and np.array_equal(back, turned["SEG"])
 
 
@@ -153,7 +154,7 @@ def test_a_lesion_stays_at_its_place(tmp_path, spacing, turn):
     arrays["SEG"][5:14, 6:14, 7:15] = 1
     turned, affine = turned_to("PIR", arrays, turn @ las(spacing))
     got, meta = preprocess(write_study(tmp_path, turned, affine), PETCT)
-    back = cache.to_native(meta, got["label"][None].astype(np.float16), is_class)
+    back = to_native(meta, got["label"][None].astype(np.float16), is_class)
     middles = [np.argwhere(mask).mean(0) for mask in (back, turned["SEG"])]
     assert np.linalg.norm(affine[:3, :3] @ (middles[0] - middles[1])) < max(spacing) / 2
     assert int(back.sum()) == pytest.approx(576, rel=0.3)
@@ -164,7 +165,7 @@ def test_outside_of_the_body_is_background(tmp_path):
     arrays["SUV"][:8] = 0
     settings = replace(PETCT, margin_mm=4.5)
     _, meta = preprocess(write_study(tmp_path, arrays, las()), settings)
-    back = cache.to_native(meta, np.ones((1, *meta["shape"])), is_class)
+    back = to_native(meta, np.ones((1, *meta["shape"])), is_class)
     assert meta["box"][0][0] == 6  # two voxels of 4 mm
     assert not back[:6].any() and back[6:-2, 10, 9].all()
 
@@ -272,9 +273,9 @@ def test_a_killed_preprocessing_is_gone_at_once_and_the_next_start_sweeps(tcia, 
     """Killed while the first of two studies is written."""
     root, folder = tcia(2), tmp_path / "cache"
     code = f"""
-import os, time, numpy, pathlib, cache, studies
+import os, time, numpy, pathlib, cache, preprocess, studies
 numpy.lib.format.write_array_header_1_0 = lambda *args: os.write(2, b"1\\n") and time.sleep(60)
-root, settings = pathlib.Path({str(root)!r}), cache.PREPROCESSING["petct"]
+root, settings = pathlib.Path({str(root)!r}), preprocess.PREPROCESSING["petct"]
 cache.prepare(root, studies.find_studies(root), settings, {str(folder)!r}, workers=2)"""
     words = {"cwd": Path(cache.__file__).parent, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **words) as process:

@@ -19,10 +19,11 @@ from scipy.spatial.transform import Rotation
 
 import eval as evaluation
 from baselines import LATE_FUSIONS
-from cache import PREPROCESSING, Case, preprocess
+from cache import Case
 from config import Config, resolve
 from files import UserError, write_json
 from mirror_unet import VARIANTS, MirrorUNet, Network, Output
+from preprocess import PREPROCESSING, preprocess
 from runs import build_model, save_checkpoint, save_config
 from studies import Source, Study
 

@@ -6,10 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     *("mirror_unet", "losses", "baselines", "files", "checks", "studies"),
-    *("phantom", "cache", "organs", "splits", "data", "config", "certainty"),
+    *("phantom", "preprocess", "cache", "organs", "splits", "data", "config", "certainty"),
     *("devices", "runs", "tables", "eval", "plots", "console", "train", "tune", "bench"),
 ]
-WITHOUT_TORCH = {"files", "checks", "studies", "phantom", "cache", "organs", "splits"}
+WITHOUT_TORCH = {
+    *("files", "checks", "studies", "phantom", "preprocess", "cache", "organs", "splits")
+}
 WHERE_NEEDED = {"ray", "tensorboardX"}  # may be imported inside functions
 
 

@@ -13,12 +13,12 @@ from conftest import SPACING, las, stored_as, write_nifti
 import eval as evaluation
 import organs
 import train
-from cache import to_native
 from config import Config, resolve
 from files import UserError
 from mirror_unet import MirrorUNet
 from organs import find_maps, names_of, plain_name
 from phantom import MAPPED
+from preprocess import to_native
 from runs import open_data, saved_config
 from studies import find_studies
 
