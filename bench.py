@@ -182,9 +182,10 @@ def settle(args, small=(), **defaults) -> tuple[Config, torch.device]:
 def ready_step(config: Config, device: torch.device):
     """The network, and one call of train.train_step on a batch that is there already."""
     item = batch_of_patches(config.batch_size, config.patch, config.seed)
+    model = runs.build_model(config)
+    item |= {"organs": item["mask"]} if model.variant.organs else {}
     if device.type == "cuda":
         item = {name: tensor.pin_memory() for name, tensor in item.items()}
-    model = runs.build_model(config)
     state = train.resume_or_start(Path(), config, device, Ranks(device), model, goes_on=False)
     return model, partial(train.train_step, state, item, model.step_options(config.seed))
 

@@ -119,7 +119,7 @@ def fill_cache(study: Study, make: Callable, folder: Path, allow=()) -> list[Fin
         remedy = "Check the space and permissions of --cache, and the memory (fewer --workers)"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return [Finding(str(study.pet.path), found, remedy)]
+    return [Finding(str(study.organs or study.pet.path), found, remedy)]
 
 
 def most_bytes(study: Study, settings: Preprocessing) -> int:

@@ -75,7 +75,7 @@ class Config:
         "both", "bottoms that T sees; pet: as in the released code", choices=("both", "pet"),
         used=lambda v, c: v.tumor)
     modality: str = option(
-        "both", "v1-v3: give both branches CT or PET (Sec. 4.2)", choices=("both", "ct", "pet"),
+        "both", "v1-v3, v5: give both branches CT or PET (Sec. 4.2)", choices=("both", "ct", "pet"),
         used=lambda v, c: v.restores and v.classes == ("lesion",))
     ct: str = option(
         "own", "whose CT (MRI: FLAIR) the network is given and restores; other: another patient's, "

@@ -415,6 +415,7 @@ def predict(
     findings, written = list(found.findings), []
     names = {study.name: f"{study.name.replace('/', '__')}.nii.gz" for study in found.studies}
     places = [place / name for place in (out, organs_out) if place for name in names.values()]
+    places += [organs_out / "organs.json"] if organs_out else []
     if not overwrite and (there := [mask for mask in places if mask.exists()]):
         what = f"exists already, as do {len(there) - 1} more masks"
         raise UserError(f"{there[0]}: {what}. Add --overwrite, or choose another --out.")
@@ -535,7 +536,7 @@ def evaluate_runs(runs: list[Path], args, given: dict):
         model, config, device, weights = open_runs(runs, args.checkpoint, given)
         own = args.out / run.name if args.out else run / "evaluation"
         folder = args.out if args.ensemble else own
-    if (folder / "metrics.csv").exists():
+    if any((folder / name).exists() for name in ("metrics.csv", *["config.json"] * (not mode))):
         raise UserError(f"{folder}: holds a run, whose results would be lost. Use another --out.")
     config, cases = open_data(config, lambda text: print(text, file=sys.stderr))
     part, cases = choose_cases(run, args.part, given, cases)
@@ -582,11 +583,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, flag) and not getattr(args, goes_with):
             name = {"given": "with"}.get(flag, flag.replace("_", "-"))
             raise UserError(f"--{name} goes with --{goes_with}. Give both, or leave it out.")
-    idle = ("part", *EVAL_OPTIONS) if args.table else ("part", "data") if args.predict else ()
+    of_predict = ("part", "data", "organs") if args.predict else ()
+    idle = ("part", *EVAL_OPTIONS) if args.table else of_predict
     if given := [name for name in idle if getattr(args, name, None) is not None]:
         raise UserError(f"{flag_of(given[0])} has no effect here. Leave it out.")
     if args.predict and not args.out:
         raise UserError("--predict: give the folder of the masks with --out.")
+    if args.organs_out and args.organs_out.resolve() == args.out.resolve():
+        raise UserError("--organs-out: the masks lie in --out. Give another folder.")
     if args.table and (len(args.runs) > 1 or not args.runs[0].is_dir()):
         raise UserError("--table takes one folder, the one that holds the runs.")
     if args.late_fusion and len(args.runs) != 2:

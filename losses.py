@@ -93,7 +93,9 @@ def loss_v5(out: Output, batch: dict, w) -> Terms:
     """Not the paper's: Eq. 3 with λ_org L_DiceCE(o, D_C(E_C(x_C))) in place of CT's reconstruction,
     over the crops of studies whose organs o are known."""
     known = batch["organs"][:, 0, 0, 0] != UNKNOWN
-    organs = dice_ce(batch["organs"][known], out.ct[known]) if known.any() else 0 * out.ct.sum()
+    organs = (
+        dice_ce(batch["organs"][known], out.ct[known]) if known.any() else 0 * out.ct.float().sum()
+    )
     bce = F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
     return {
         "organs": w.lambda_org * organs,

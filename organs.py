@@ -23,7 +23,7 @@ MOST = 254  # organs; in a batch 255 stands for what is not known
 
 def plain_name(name: str) -> str:
     """A study's name as those who publish maps may have it: PETCT_01/a  b and fdg_01_a b alike."""
-    return re.sub("[ /_]+", "_", re.sub("(?i)^(fdg|psma|petct)_", "", name))
+    return re.sub("[ /_]+", "_", re.sub("(?i)^(fdg|petct)_", "", name))
 
 
 def find_maps(studies: list[Study], given: Path | None) -> dict[str, Path]:
@@ -38,7 +38,7 @@ def find_maps(studies: list[Study], given: Path | None) -> dict[str, Path]:
     found = {}
     for study in studies:
         folder = study.pet.path.parent
-        places = [(folder, "ORGANS"), (folder.with_name("organsTr"), study.name)]
+        places = [(folder, "ORGANS"), (folder.parent / "organsTr", study.name)]
         places = [(given, maps.get(plain_name(study.name), ""))] if given else places
         if paths := [path for path in (nifti(*place) for place in places) if path.exists()]:
             found[study.name] = paths[0]
@@ -59,6 +59,9 @@ def read_map(study: Study, case: Case) -> tuple[dict, dict]:
     if (labels != volume.data).any() or labels.max() > MOST:
         found = f"values other than whole numbers from 0 to {MOST}"
         raise BadStudy(Finding(str(path), found, "Number the organs 1, 2, ..."))
+    if volume.sides_differ or (meta["facts"]["placed"] and not volume.placed):
+        found = "its header does not say where it lies, or says two different things"
+        raise BadStudy(Finding(str(path), found, "Give it the sform of the study's images"))
     shape = meta["native_shape"]
     to_map = np.linalg.inv(volume.affine) @ meta["native_affine"]  # from voxels to voxels
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
@@ -85,31 +88,41 @@ def add_organs(cases: list[Case], studies: list[Study], root: Path, config, say)
     if not mapped and not known:
         raise UserError(
             f"{given or root}: no organ map for a study of {root}. Give the folder of the maps "
-            "with --organs, or put ORGANS.nii.gz into the studies' folders."
+            "with --organs, or put ORGANS.nii.gz into the studies' folders (an older simulated "
+            "cohort: remove it, it is written again with maps)."
         )
 
     def folder(study: Study) -> Path:
-        own = by_name[study.name].folder
-        return own.with_name(f"{own.name}.organs")
+        own, place = by_name[study.name].folder, str(study.organs.resolve()).encode()
+        return own.with_name(f"{own.name}.organs-{hash_of(place)[:8]}")
 
     def fill(study: Study) -> list[Finding]:
         return fill_cache(study, partial(read_map, study, by_name[study.name]), folder(study))
 
-    todo = [study for study in mapped if not cached_case(folder(study), study)]
+    todo = [study for study in mapped if config.check or not cached_case(folder(study), study)]
     if findings := run_parallel(todo, fill, config.workers):
-        raise UserError(f"the organ maps have {list_findings(findings)}")
+        problems = f"the organ maps have {list_findings(findings)}"
+        if not config.skip_bad:
+            raise UserError(f"{problems}\nMend them, or go on without them: --skip-bad.")
+        say(f"left out   {problems}")
     for study in mapped:
-        case, own = by_name[study.name], cached_case(folder(study), study)
-        digests = case.meta["digests"] | own.meta["digests"]
-        by_name[study.name] = replace(case, meta=case.meta | {"digests": digests}, organs=own)
+        if own := cached_case(folder(study), study):
+            case = by_name[study.name]
+            digests = case.meta["digests"] | own.meta["digests"]
+            by_name[study.name] = replace(case, meta=case.meta | {"digests": digests}, organs=own)
     full = [by_name[case.name] for case in cases]
-    highest = max((case.organs.meta["highest"] for case in full if case.organs), default=0)
+    found = [case.organs.meta["highest"] for case in full if case.organs]
+    highest = max(found, default=0)
+    if not (highest or known):
+        raise UserError(f"{given or root}: its organ maps are empty, or none is left. Mend them.")
     named = names_of([given] if given else [root, root / "organsTr"])
     names = known or named or tuple(f"organ {i}" for i in range(1, highest + 1))
     if highest > len(names) or (named or names) != names:
-        found = f"maps of values up to {highest}, named {', '.join(named) or 'nowhere'}"
-        raise UserError(f"{given or root}: {found}; expected {', '.join(names)}. Use other maps.")
-    say(f"organs     {len(mapped)} of {len(cases)} studies have a map of {', '.join(names)}")
+        what = f"maps of values up to {highest}, named {', '.join(named) or 'nowhere'}"
+        raise UserError(f"{given or root}: {what}; expected {', '.join(names)}. Use other maps.")
+    say(f"organs     {len(found)} of {len(cases)} studies have a map of {', '.join(names)}")
+    if found and known and not named:
+        say("           no organs.json: their values are taken for the organs that the run learnt")
     return full, names
 
 
@@ -121,7 +134,7 @@ def names_of(folders: list[Path]) -> tuple[str, ...]:
         pairs = [(k, v) if str(k).isdecimal() else (v, k) for k, v in content.items()]
         named = {int(number): f"{name:s}" for number, name in pairs if int(number)}
         names = tuple(named[number] for number in range(1, len(named) + 1))
-        if not 0 < len({*names}) == len(names) <= MOST:
+        if not 0 < len({*names}) == len(names) <= MOST or not all(names):
             raise ValueError("no names, or one twice")
         return names
 

@@ -83,6 +83,9 @@ def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[s
         raise UserError(f"{given}: not the splits of {run}. Restore it, or use another --out.")
     if not any(case.has_lesion for case in cases if case.name in splits["train"]):
         raise UserError("No study of the training part has a lesion. Give other --splits or data.")
+    mapped = {case.name for case in cases if case.organs}
+    if mapped and mapped.isdisjoint(splits["train"]):
+        raise UserError("No study of the training part has an organ map. Give other --splits.")
     return splits
 
 
@@ -346,6 +349,8 @@ def load_run(run: Path, checkpoint: str, given: dict):
     weights["val_dice"] = None if math.isnan(dice_then) else dice_then
     with reading(run / "config.json", RESTORE):  # its version, and what that does not read
         resolve(saved, saved.kind, phantom=saved.data is None)
+    if not options.tasks(saved, saved.kind).organs:  # it may stand beside one that reads them
+        given = {name: value for name, value in given.items() if name != "organs"}
     config = replace(saved, **given)
     config = resolve(config, config.kind, phantom=config.data is None)
     device = choose_device(config.device)
@@ -362,7 +367,7 @@ def load_run(run: Path, checkpoint: str, given: dict):
 # ------------------------------------------------------------------ the files of a search
 
 ENDED = ("done", "stopped")
-SETTINGS = [name for name in OPTIONS if name not in ("out", "resume", "check")]
+SETTINGS = [name for name in OPTIONS if name not in ("out", "resume", "check", "organ_names")]
 OUTCOME = ("epochs_done", "val_dice", "seconds", "gpu_memory_mb")
 
 

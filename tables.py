@@ -416,7 +416,6 @@ CLAIMS = (  # an arm minus another one, a metric, and the difference in the pape
     ("v5 mean", "v3 mean", "dice", math.nan),
     ("v5 mean", "early fusion", "dice", math.nan),
 )
-LEVEL = 1 - 0.05 / len(CLAIMS)  # of each interval, so that all hold together at 95 %
 NO_VERDICT = ("not run", "left out")  # in place of one
 
 
@@ -470,14 +469,25 @@ def gains(trials: pd.DataFrame, plus: str, minus: str, metric: Metric) -> tuple:
     return difference, pd.Series(patients, dtype=object)
 
 
+def asked_claims(trials: pd.DataFrame) -> list[tuple]:
+    """The rows of CLAIMS for which the searches of the trials train both arms."""
+    searches = [arms for name, arms in COMPARISONS.items() if of_search(trials, name).any()]
+    return [row for row in CLAIMS if any({*row[:2]} <= {*arms} for arms in searches)]
+
+
+def level_of(trials: pd.DataFrame) -> float:
+    """Of each interval, so that those of all claims that were asked hold together at 95 %."""
+    return 1 - 0.05 / len(asked_claims(trials))
+
+
 def claims(trials: pd.DataFrame) -> pd.DataFrame:
-    """A row per row of CLAIMS from the finished trials: what it says, the paper's difference, ours
-    with its interval at LEVEL, seeds that agree, patients, verdict; or
-    the reason why it cannot be told."""
+    """A row per row of asked_claims from the finished trials: what it says, the paper's difference,
+    ours with its interval at level_of, seeds that agree, patients, verdict; or the reason why it
+    cannot be told."""
     done = trials[(trials["status"] == "done") & trials["config"].notna()]
     done = done.assign(arm=done["config"].map(arm_of))
-    rows = []
-    for plus, minus, name, paper in CLAIMS:
+    rows, level = [], level_of(trials)
+    for plus, minus, name, paper in asked_claims(trials):
         metric = metrics_of(())[name]
         row = {"claim": f"{plus} - {minus}, {metric.title}", "paper": paper}
         try:
@@ -488,7 +498,7 @@ def claims(trials: pd.DataFrame) -> pd.DataFrame:
         if difference.empty:
             rows.append(row | {"verdict": "not run"})
             continue
-        by_seed, (low, high) = difference.mean(), interval(difference, patients, LEVEL)
+        by_seed, (low, high) = difference.mean(), interval(difference, patients, level)
         here = float(difference.stack().mean())
         agree = int((np.sign(by_seed) == math.copysign(1, here)).sum())
         rows.append(row | {
@@ -501,7 +511,8 @@ def claims(trials: pd.DataFrame) -> pd.DataFrame:
 
 def claims_text(trials: pd.DataFrame, about: str = "") -> str:
     """The claims as a table, in the order of CLAIMS."""
-    text = [["claim", "paper", f"here ({100 * LEVEL:.1f} %)", "seeds", "patients", "verdict"]]
+    level = f"here ({100 * level_of(trials):.1f} %)"
+    text = [["claim", "paper", level, "seeds", "patients", "verdict"]]
     table = claims(trials)
     for row in table.to_dict("records"):
         paper = "–" if math.isnan(row["paper"]) else f"{row['paper']:+.2f}"
@@ -575,10 +586,13 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
     (kind, *_, listed), rows = PAPER_TABLES[number], []
     for file in sorted(root.glob("**/test_studies.csv")):
         run = file.parent
-        elsewhere = (run / "trial.json").exists() and run.parent != root
-        if elsewhere or not (run / "config.json").exists():
+        if not (run / "config.json").exists():
             continue
-        config, late = saved_config(run), read_json(run / "config.json").get("late_fusion")
+        config, saved = saved_config(run), read_json(run / "config.json")
+        late, fused = saved.get("late_fusion"), saved.get("runs", ())
+        of_search = any((Path(part) / "trial.json").exists() for part in (run, *fused))
+        if of_search and run.parent != root:
+            continue
         if not late and (run / "summary.json").exists() and not is_finished(run, config.epochs):
             continue  # it goes on to more epochs: its results are of fewer
         system = f"late_fusion_{late}" if late else config.version

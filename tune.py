@@ -140,7 +140,9 @@ def plan(args: argparse.Namespace, given: dict) -> list[Config]:
     asked = settings(args.search, given, seeds, folds, args.samples, kind)
     configs = [options.resolve(Config(**values), kind, phantom) for values in asked]
     # one pass over the studies before the trials, which share its memory-mapped cache
-    _, cases = runs.open_data(configs[0])
+    with_organs = [c for c in configs if options.tasks(c, kind).organs]
+    _, cases = runs.open_data([*with_organs, *configs][0])
+    maps = {case.name: case.meta["digests"]["organs"] for case in cases if case.organs}
     splits = {
         fold: runs.choose_splits(replace(configs[0], fold=fold), cases, None) for fold in folds
     }
@@ -149,7 +151,8 @@ def plan(args: argparse.Namespace, given: dict) -> list[Config]:
         raise UserError("--search free: no lesion to validate on. Give other --splits.")
     trials = {}
     for config in configs:  # a free one is no grid's trial: it may be stopped
-        studies = runs.digest(splits[config.fold])
+        read = [splits[config.fold], maps] if config in with_organs else splits[config.fold]
+        studies = runs.digest(read)
         run = args.out / (("free-" if free else "") + name_of(config, studies))
         run.mkdir(exist_ok=True)
         trials[run] = replace(config, out=str(run), resume=True, check=False)
@@ -393,8 +396,12 @@ def fuse(trials: list[Config]) -> None:
         if version == "ct" and (pet := places.get(("pet", *repeat))):
             for mode in LATE_FUSIONS:
                 out = ct.with_name(f"late_fusion_{mode}-{ct.name}")
-                if not (out / "summary.json").exists():
+                if (out / "splits.json").exists():  # which is written last
+                    continue
+                try:
                     evaluate([str(ct), str(pet), "--late-fusion", mode, "--out", str(out)])
+                except UserError as error:
+                    print(f"not fused  {out}: {error}", file=sys.stderr)
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:

@@ -79,6 +79,11 @@ def test_rows_that_read_studies(studies, capsys, tmp_path):
         assert row["patches_per_s"] * row["median"] == pytest.approx(6) and row["studies"] == 3
 
 
+def test_a_step_of_v5(capsys):
+    line = "step --version v5 --patch 16 --batch-size 2 --warmup 0 --repeat 1 --widths 4 8 8 16 16"
+    assert run(line, capsys)["median"] > 0
+
+
 def test_training_beside_the_step_alone(studies, capsys, tmp_path, monkeypatch):
     for figure in ("curves", "examples"):
         monkeypatch.setattr(train.plots, figure, lambda *args: None)

@@ -149,6 +149,8 @@ def test_organs_take_the_place_of_ct_where_they_are_known():
     assert found() == pytest.approx(expected | {"organs": 0.2 * flat_dice_ce(0.6, 1, 8)}, abs=1e-5)
     organs[0] = UNKNOWN
     assert found() == pytest.approx(expected | {"organs": 0.0}, abs=1e-5)
+    out = out._replace(ct=torch.full((2, 11, 2, 2, 2), -6e4).half())  # whose sum is not a half
+    assert found() == pytest.approx(expected | {"organs": 0.0}, abs=1e-5)
 
 
 def test_brain_tumour_losses():

@@ -196,26 +196,32 @@ def make_trial(root, name, status="waiting", dices=(), epochs=4):
 
 
 def test_late_fusion_of_the_trials_that_ended(base, tmp_path, capsys):
-    trials = []
+    trials, root = [], tmp_path / "search"
     for version, seed in (("ct", 0), ("pet", 0), ("ct", 1), ("pet", 2)):
-        out = tmp_path / f"{version}-{seed}"
+        out = root / f"{version}-{seed}"
         config = Config(version=version, seed=seed, out=str(out), **TINY)
         own = dict(data=base.data, cache=base.cache, spacing=base.spacing, folds=3)
         trials.append(resolve(replace(config, **own), "petct", False))
         train.train(trials[-1])
+        write_json(out / "trial.json", {})
     tune.fuse([trials[0], replace(trials[1], epochs=2)])  # the second one has not ended
-    assert not [*tmp_path.glob("late_fusion*")]
+    assert not [*root.glob("late_fusion*")]
     tune.fuse(trials)
     names = {f"late_fusion_{mode}-ct-0" for mode in ("logits", "union", "intersection")}
-    assert {path.name for path in tmp_path.glob("late_fusion*")} == names
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("late*/*")}
+    assert {path.name for path in root.glob("late_fusion*")} == names
+    before = {path: path.stat().st_mtime_ns for path in root.glob("late*/*")}
     tune.fuse(trials)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("late*/*")} == before
+    assert {path: path.stat().st_mtime_ns for path in root.glob("late*/*")} == before
     capsys.readouterr()
-    evaluation.run_command([str(tmp_path), "--table", "3", "--with", *WITH_TINY])
+    evaluation.run_command([str(root), "--table", "3", "--with", *WITH_TINY])
     rows = capsys.readouterr().out.splitlines()
     done = [row.split("|")[1].strip() for row in rows if "1 seeds" in row or "2 seeds" in row]
     assert done == ["CT", "PET", "LF-Logit", "LF-∪", "LF-∩"]
+    assert tables.finished_runs(3, tmp_path).empty  # a search's runs are of its folder alone
+    (root / "pet-0" / "best.pt").write_bytes(b"")
+    (root / "late_fusion_union-ct-0" / "splits.json").unlink()  # as a kill leaves it
+    tune.fuse(trials)
+    assert "not fused" in (said := capsys.readouterr().err) and "best.pt" in said
 
 
 def test_the_list_tells_the_hours_left(tmp_path, capsys):
