@@ -78,52 +78,59 @@ def read_map(study: Study, case: Case) -> tuple[dict, dict]:
     return arrays, found | {"digests": {"organs": hash_of(np.concatenate([flat, plain[flat]]))}}
 
 
-def add_organs(cases: list[Case], studies: list[Study], root: Path, config, say) -> tuple:
-    """The cases, with their organs where there is a map, and the names of the organs; a run keeps
-    its own. Raises UserError for no map (but for a run), bad maps, or organs that do not fit."""
-    given, known = config.organs and Path(config.organs), config.organ_names
-    maps = find_maps(studies, given)
+def read_maps(cases: list[Case], studies: list[Study], config, say) -> list[Case]:
+    """The cases, with the organs of `studies`, which have a map, from the cache; what is not there
+    (with --check all of them) is read. Raises UserError for bad maps, unless --skip-bad."""
     by_name = {case.name: case for case in cases}
-    mapped = [replace(s, organs=maps[s.name]) for s in studies if s.name in {*maps} & {*by_name}]
-    if not mapped and not known:
-        raise UserError(
-            f"{given or root}: no organ map for a study of {root}. Give the folder of the maps "
-            "with --organs, or put ORGANS.nii.gz into the studies' folders (an older simulated "
-            "cohort: remove it, it is written again with maps)."
-        )
 
-    def folder(study: Study) -> Path:
+    def folder(study: Study) -> Path:  # of its own for each place of a map
         own, place = by_name[study.name].folder, str(study.organs.resolve()).encode()
         return own.with_name(f"{own.name}.organs-{hash_of(place)[:8]}")
 
     def fill(study: Study) -> list[Finding]:
         return fill_cache(study, partial(read_map, study, by_name[study.name]), folder(study))
 
-    todo = [study for study in mapped if config.check or not cached_case(folder(study), study)]
+    todo = [study for study in studies if config.check or not cached_case(folder(study), study)]
     if findings := run_parallel(todo, fill, config.workers):
         problems = f"the organ maps have {list_findings(findings)}"
         if not config.skip_bad:
             raise UserError(f"{problems}\nMend them, or go on without them: --skip-bad.")
         say(f"left out   {problems}")
-    for study in mapped:
-        if own := cached_case(folder(study), study):
+    for study in studies:
+        if organs := cached_case(folder(study), study):
             case = by_name[study.name]
-            digests = case.meta["digests"] | own.meta["digests"]
-            by_name[study.name] = replace(case, meta=case.meta | {"digests": digests}, organs=own)
-    full = [by_name[case.name] for case in cases]
-    found = [case.organs.meta["highest"] for case in full if case.organs]
-    highest = max(found, default=0)
-    if not (highest or known):
-        raise UserError(f"{given or root}: its organ maps are empty, or none is left. Mend them.")
-    named = names_of([given] if given else [root, root / "organsTr"])
-    names = known or named or tuple(f"organ {i}" for i in range(1, highest + 1))
-    if highest > len(names) or (named or names) != names:
-        what = f"maps of values up to {highest}, named {', '.join(named) or 'nowhere'}"
-        raise UserError(f"{given or root}: {what}; expected {', '.join(names)}. Use other maps.")
-    say(f"organs     {len(found)} of {len(cases)} studies have a map of {', '.join(names)}")
-    if found and known and not named:
+            digests = case.meta["digests"] | organs.meta["digests"]
+            meta = case.meta | {"digests": digests}
+            by_name[study.name] = replace(case, meta=meta, organs=organs)
+    return [by_name[case.name] for case in cases]
+
+
+def add_organs(cases: list[Case], studies: list[Study], root: Path, config, say) -> tuple:
+    """The cases, with their organs where there is a map, and the names of the organs; a run keeps
+    its own. Raises UserError for no map (but for a run), bad maps, or organs that do not fit."""
+    given, known = config.organs and Path(config.organs), config.organ_names
+    place, maps = given or root, find_maps(studies, given)
+    mapped = {case.name for case in cases} & {*maps}
+    if not mapped and not known:
+        raise UserError(
+            f"{place}: no organ map for a study of {root}. Give the folder of the maps with "
+            "--organs, or put ORGANS.nii.gz into the studies' folders (an older simulated cohort: "
+            "remove it, it is written again with maps)."
+        )
+    with_map = [replace(s, organs=maps[s.name]) for s in studies if s.name in mapped]
+    cases = read_maps(cases, with_map, config, say)
+    highest = [case.organs.meta["highest"] for case in cases if case.organs]
+    most, named = max(highest, default=0), names_of([given] if given else [root, root / "organsTr"])
+    if not (most or known):
+        raise UserError(f"{place}: its organ maps are empty, or none is left. Mend them.")
+    names = known or named or tuple(f"organ {i}" for i in range(1, most + 1))
+    if most > len(names) or (named or names) != names:
+        what = f"maps of values up to {most}, named {', '.join(named) or 'nowhere'}"
+        raise UserError(f"{place}: {what}; expected {', '.join(names)}. Use other maps.")
+    say(f"organs     {len(highest)} of {len(cases)} studies have a map of {', '.join(names)}")
+    if highest and known and not named:
         say("           no organs.json: their values are taken for the organs that the run learnt")
-    return full, names
+    return cases, names
 
 
 def names_of(folders: list[Path]) -> tuple[str, ...]:

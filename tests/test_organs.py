@@ -295,7 +295,7 @@ def test_a_header_must_say_where_the_map_lies(tmp_path, tcia):
     root = tcia(1)
     put_maps(root)
     path = next(root.rglob("ORGANS.nii.gz"))
-    labels = np.array(nib.load(path).dataobj)
+    labels = np.asarray(nib.load(path).dataobj) + 0  # before the file goes
     for codes in ((0, 0), (1, 1)):
         header = nib.Nifti1Header()
         header.set_data_dtype(np.uint8)
