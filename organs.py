@@ -26,9 +26,10 @@ def plain_name(name: str) -> str:
     return re.sub("[ /_]+", "_", re.sub("(?i)^(fdg|petct)_", "", name))
 
 
-def find_maps(studies: list[Study], given: Path | None) -> dict[str, Path]:
-    """The map of each study that has one, by the study's name; given: the folder --organs. Raises
-    UserError if that is none, or holds two maps of one study."""
+def find_maps(studies: list[Study], root: Path, config) -> dict[str, Path]:
+    """The map of each study that has one, by the study's name. Raises UserError if --organs is no
+    folder or holds two of one study, and if no study has one, unless it is a run that knows."""
+    given = config.organs and Path(config.organs)
     if given and not given.is_dir():
         raise UserError(f"--organs {given}: no such folder. Give the one that holds the maps.")
     maps: dict[str, str] = {}
@@ -42,6 +43,12 @@ def find_maps(studies: list[Study], given: Path | None) -> dict[str, Path]:
         places = [(given, maps.get(plain_name(study.name), ""))] if given else places
         if paths := [path for path in (nifti(*place) for place in places) if path.exists()]:
             found[study.name] = paths[0]
+    if not found and not config.organ_names:
+        raise UserError(
+            f"{given or root}: no organ map for a study of {root}. Give the folder of the maps "
+            "with --organs, or put ORGANS.nii.gz into the studies' folders (an older simulated "
+            "cohort: remove it, it is written again with maps)."
+        )
     return found
 
 
@@ -105,18 +112,11 @@ def read_maps(cases: list[Case], studies: list[Study], config, say) -> list[Case
     return [by_name[case.name] for case in cases]
 
 
-def add_organs(cases: list[Case], studies: list[Study], root: Path, config, say) -> tuple:
-    """The cases, with their organs where there is a map, and the names of the organs; a run keeps
-    its own. Raises UserError for no map (but for a run), bad maps, or organs that do not fit."""
+def add_organs(cases: list[Case], studies: list[Study], maps, root: Path, config, say) -> tuple:
+    """The cases, with their organs as find_maps has the `maps`, and the names of the organs; a run
+    keeps its own. Raises UserError for bad or empty maps, and organs that do not fit."""
     given, known = config.organs and Path(config.organs), config.organ_names
-    place, maps = given or root, find_maps(studies, given)
-    mapped = {case.name for case in cases} & {*maps}
-    if not mapped and not known:
-        raise UserError(
-            f"{place}: no organ map for a study of {root}. Give the folder of the maps with "
-            "--organs, or put ORGANS.nii.gz into the studies' folders (an older simulated cohort: "
-            "remove it, it is written again with maps)."
-        )
+    place, mapped = given or root, {case.name for case in cases} & {*maps}
     with_map = [replace(s, organs=maps[s.name]) for s in studies if s.name in mapped]
     cases = read_maps(cases, with_map, config, say)
     highest = [case.organs.meta["highest"] for case in cases if case.organs]

@@ -32,7 +32,7 @@ from devices import choose_amp, choose_device, use_threads
 from files import UserError, atomic, progress, read_json, reading, sweep, write_json
 from losses import LOSSES
 from mirror_unet import DATA_NAMES, IMAGE_NAMES, MirrorUNet, Network
-from organs import add_organs
+from organs import add_organs, find_maps
 from phantom import PHANTOM, write_phantom
 from preprocess import preprocessing
 from splits import PARTS, make_splits, read_splits
@@ -50,10 +50,14 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
         write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
     found = find_studies(root, True, config.channels, config.lesion_labels)
     config = resolve(config, found.kind, phantom=config.data is None)
+    learns_organs = options.tasks(config, found.kind).organs
+    maps = (
+        find_maps(found.studies, root, config) if learns_organs else {}
+    )  # before hours of reading
     how = config.workers, config.check, config.skip_bad, config.allow, say
     cases = prepare(root, found, preprocessing(config), Path(config.cache), *how)
-    if options.tasks(config, found.kind).organs:
-        cases, names = add_organs(cases, found.studies, root, config, say)
+    if learns_organs:
+        cases, names = add_organs(cases, found.studies, maps, root, config, say)
         config = replace(config, organ_names=names)
     patients = len({case.patient for case in cases})
     ill = sum(case.has_lesion for case in cases)

@@ -69,7 +69,8 @@ def test_maps_are_found_by_the_names_of_their_studies(study, stem, tmp_path, tci
     (one,) = find_studies(root).studies
     for name in (stem, "fdg_another"):
         write_nifti(tmp_path / "maps" / f"{name}.nii.gz", np.ones((2, 2, 2), np.uint8), las())
-    found = find_maps([replace(one, name=study)], tmp_path / "maps")
+    config = Config(version="v5", organs=str(tmp_path / "maps"))
+    found = find_maps([replace(one, name=study)], root, config)
     assert found == {study: tmp_path / "maps" / f"{stem}.nii.gz"}
 
 
@@ -222,6 +223,7 @@ def test_what_does_not_fit_is_refused(tmp_path, tcia):
     root, maps = tcia(2), tmp_path / "maps"
     with pytest.raises(UserError, match="autopet: no organ map for a study of .*--organs"):
         opened(root, tmp_path)
+    assert not (tmp_path / "cache").exists()  # it is said before the studies are read
     with pytest.raises(UserError, match="--organs .*maps: no such folder"):
         opened(root, tmp_path, organs=str(maps))
     maps.mkdir()
