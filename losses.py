@@ -44,6 +44,11 @@ def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:
     return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
 
 
+def tumor_bce(out: Output, batch: dict) -> Tensor:
+    """L_BCE of Eq. 3: whether there is a tumour, as T says and as it is."""
+    return F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
+
+
 def loss_v1(out: Output, batch: dict, w) -> Terms:
     """Eq. 1: λ_rec ||x_C - D_C(E_C(Φ(x_C)))||_2 + λ_seg L_DiceCE(y, D_P(E_P(x_P))).
 
@@ -66,8 +71,7 @@ def loss_v2(out: Output, batch: dict, w) -> Terms:
 
 def loss_v3(out: Output, batch: dict, w) -> Terms:
     """Eq. 3: Eq. 2 + λ_class L_BCE(c, T(E_C(x_C) ⊕ E_P(x_P)))."""
-    bce = F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
-    return loss_v2(out, batch, w) | {"cls": w.lambda_cls * bce}
+    return loss_v2(out, batch, w) | {"cls": w.lambda_cls * tumor_bce(out, batch)}
 
 
 def loss_v4(out: Output, batch: dict, w) -> Terms:
@@ -96,12 +100,11 @@ def loss_v5(out: Output, batch: dict, w) -> Terms:
     organs = (
         dice_ce(batch["organs"][known], out.ct[known]) if known.any() else 0 * out.ct.float().sum()
     )
-    bce = F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
     return {
         "organs": w.lambda_org * organs,
         "seg": w.lambda_seg * dice_ce(batch["mask"], out.seg),
         "rec_pet": w.lambda_rec * reconstruction(batch["pet"], out.btl, w.rec),
-        "cls": w.lambda_cls * bce,
+        "cls": w.lambda_cls * tumor_bce(out, batch),
     }
 
 

@@ -412,8 +412,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     command("--report", metavar="DIR", help="print the tables of a search folder")
     own = parser.add_argument
     own("--out", help="folder of the search [runs/<search>]")
-    own("--seed", type=int, nargs="+", metavar="", help="one or more seeds [0; of arms 0 1 2]")
-    own("--fold", nargs="+", metavar="", help="one or more folds, or all [0; of arms all]")
+    own("--seed", type=int, nargs="+", metavar="", help="seeds [0; claims, organs: 0 1 2]")
+    own("--fold", nargs="+", metavar="", help="folds, or all [0; claims, organs: all]")
     own("--samples", metavar="", help="trials of --search free for each seed [32]; claims: all")
     own("--address", help="of a Ray cluster [RAY_ADDRESS, else this machine alone]")
     own("--gpus-per-trial", type=float, metavar="", help="[1 if there is one]; 0.5: two share it")
