@@ -450,7 +450,19 @@ EVAL_OPTIONS = (
 )  # fmt: skip
 # Where a run has its own, these hold for its own data only.
 OF_DATA = {"channels": (), "lesion_labels": (), "allow": (), "organs": None}
-ALIKE = ("kind", "spacing", "patch", "modality", "ct", "overlap", "window_weights")  # in a fusion
+# What the runs of an ensemble have in common, and those of a late fusion.
+ALIKE = ("kind", "spacing", "ct")
+FUSED_ALIKE = (*ALIKE, "patch", "modality", "overlap", "window_weights")
+
+
+def refuse_unlike(runs: list[Path], configs: list, names: tuple, **more: list) -> None:
+    """Raises UserError unless the options `names`, and each list of `more`, are the same for all
+    runs."""
+    found = {name: [getattr(config, name) for config in configs] for name in names} | more
+    for name, values in found.items():
+        for run, value in zip(runs, values, strict=True):
+            if value != values[0]:
+                raise UserError(f"{run}: its {name} is not that of {runs[0]}. Choose others.")
 
 
 def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):
@@ -461,11 +473,7 @@ def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):
     if (versions := [config.version for config in configs]) != ["ct", "pet"]:
         found = " and ".join(versions)
         raise UserError(f"--late-fusion takes a run of `ct`, then one of `pet`, not {found}.")
-    alike = {name: [getattr(config, name) for config in configs] for name in ALIKE}
-    alike["splits"] = [saved_splits(run) for run in runs]
-    for name, (ct, pet) in alike.items():
-        if ct != pet:
-            raise UserError(f"{runs[1]}: its {name} is not that of {runs[0]}. Train both alike.")
+    refuse_unlike(runs, configs, FUSED_ALIKE, splits=[saved_splits(run) for run in runs])
     return LateFusion(*networks, mode), *opened[0][1:]
 
 
@@ -482,17 +490,11 @@ def open_runs(runs: list[Path], checkpoint: str, given: dict):
     """As load_run, of one run or of several as an ensemble, whose other results are those of the
     first. Raises UserError if their kind, spacing, ct or classes differ."""
     opened = [load_run(run, checkpoint, given) for run in runs]
-    model, config, *_ = opened[0]
-    for run, (other, own, *_) in zip(runs, opened, strict=True):
-        for name, a, b in (
-            ("kind", own.kind, config.kind), ("spacing", own.spacing, config.spacing),
-            ("ct", own.ct, config.ct),
-            ("classes", other.variant.classes, model.variant.classes),
-        ):  # fmt: skip
-            if a != b:
-                raise UserError(f"{run}: its {name} differ from those of {runs[0]}. Leave it out.")
+    members = [(net, own) for net, own, *_ in opened]
+    classes = [net.variant.classes for net, _ in members]
+    refuse_unlike(runs, [own for _, own in members], ALIKE, classes=classes)
+    model = opened[0][0]
     if len(runs) > 1:
-        members = [(net, own) for net, own, *_ in opened]
         mask = {slot: model.variant.mask.get(slot) for slot in ("ct", "pet")}
         model = Ensemble(members, replace(model.variant, tumor=False, btl=None, **mask))
     return model, *opened[0][1:]

@@ -51,9 +51,8 @@ def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Confi
     found = find_studies(root, True, config.channels, config.lesion_labels)
     config = resolve(config, found.kind, phantom=config.data is None)
     learns_organs = options.tasks(config, found.kind).organs
-    maps = (
-        find_maps(found.studies, root, config) if learns_organs else {}
-    )  # before hours of reading
+    # before hours of reading
+    maps = find_maps(found.studies, root, config) if learns_organs else {}
     how = config.workers, config.check, config.skip_bad, config.allow, say
     cases = prepare(root, found, preprocessing(config), Path(config.cache), *how)
     if learns_organs:
@@ -203,6 +202,10 @@ def save_config(run: Path, config: Config, device: str, **more) -> None:
 
 
 RESTORE = "Restore it, or train anew with another --out"
+TEST_AGAIN = (
+    "Remove summary.json; --resume tests the run again (of a search's trial, which has no last.pt "
+    "any more, remove the folder; the search trains it again)"
+)
 
 
 def saved_config(run: Path) -> Config:
@@ -298,7 +301,7 @@ def saved_summary(run: Path) -> dict:
             raise TypeError("text in place of a number")
         return told | {"test": means}
 
-    return read_json(run / "summary.json", take, "Remove it; --resume tests the run again")
+    return read_json(run / "summary.json", take, TEST_AGAIN)
 
 
 def difference(saved: dict, now: dict) -> str:

@@ -19,7 +19,7 @@ from certainty import holm, interval, sign_flip
 from config import OPTIONS, Config, in_words, key_of, reads, resolve
 from files import UserError, atomic, read_json, reading
 from preprocess import THRESHOLD_SUV
-from runs import cohort_of, is_finished, read_trials, saved_config, saved_splits
+from runs import TEST_AGAIN, cohort_of, is_finished, read_trials, saved_config, saved_splits
 
 
 def aligned(rows: list[list[str]], markdown: bool = False) -> str:
@@ -605,7 +605,7 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
 
 def tested_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
     """test_studies.csv by study, its metrics numbers. Raises UserError if it is damaged."""
-    with reading(run / "test_studies.csv", "Remove summary.json; --resume tests the run again"):
+    with reading(run / "test_studies.csv", TEST_AGAIN):
         text = (run / "test_studies.csv").read_text(encoding="utf-8")
         studies = pd.read_csv(io.StringIO(text), index_col="study")
         if not text.endswith("\n") or studies["has_lesion"].dtype != bool or studies.index.hasnans:

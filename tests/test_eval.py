@@ -481,7 +481,7 @@ def test_an_ensemble_averages_the_margins(base, cases, others, finished, tmp_pat
     write_json(
         runs[1] / "config.json", config | {"config": config["config"] | {"spacing": [9] * 3}}
     )
-    with pytest.raises(UserError, match="its spacing differ"):
+    with pytest.raises(UserError, match="its spacing is not that of"):
         evaluate(*runs, "--predict", tmp_path / "in", "--out", tmp_path / "masks")
 
 
