@@ -370,6 +370,7 @@ ARMS = {  # what --search claims trains, each with the defaults but for this
     "v3 joint": {"version": "v3", "bottleneck": "joint"},
     "v3 mean": {"version": "v3", "bottleneck": "mean"},
     "v1, another's CT": {"version": "v1", "ct": "other"},
+    "v4, another's CT": {"version": "v4", "ct": "other"},
     "v1, nothing shared": {"version": "v1", "shared": ()},
     "v1, no reconstruction": {"version": "v1", "lambda_rec": 0.0},
 }
@@ -409,6 +410,7 @@ CLAIMS = (  # an arm minus another one, a metric, and the difference in the pape
     ("v3 mean", "v3", "dice", math.nan),
     ("v3 mean", "early fusion", "dice", math.nan),
     ("v1", "v1, another's CT", "dice", math.nan),  # controls: is CT the cause, or sharing it?
+    ("v4", "v4, another's CT", "dice", math.nan),
     ("v1", "v1, nothing shared", "dice", math.nan),
     ("v1", "v1, no reconstruction", "dice", math.nan),
     ("v5", "v3", "dice", math.nan),  # beyond the paper
