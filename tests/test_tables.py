@@ -366,7 +366,7 @@ def test_the_level_of_a_claim_is_divided_by_their_number(tmp_path):
         make_claim(tmp_path, "v2", theirs[seed], seed, 0)
     row = tables.claims(tables.read_trials(tmp_path)).set_index("claim").loc["v3 - v2, Dice"]
     gain = pd.DataFrame(100 * np.repeat(ours - theirs, 2, axis=1).T)  # two studies of a patient
-    level = 1 - 0.05 / 15  # of --search claims
+    level = 1 - 0.05 / 16  # of --search claims
     patients = pd.Series(np.repeat([f"p0{i}" for i in range(12)], 2))
     wanted = interval(gain, patients, level)
     assert (row["low"], row["high"]) == pytest.approx(wanted)
