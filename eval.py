@@ -462,7 +462,8 @@ def refuse_unlike(runs: list[Path], configs: list, names: tuple, **more: list) -
     for name, values in found.items():
         for run, value in zip(runs, values, strict=True):
             if value != values[0]:
-                raise UserError(f"{run}: its {name} is not that of {runs[0]}. Choose others.")
+                what = f"its {name} is not that of {runs[0]}"
+                raise UserError(f"{run}: {what}. Choose runs that agree.")
 
 
 def fuse_late(runs: list[Path], mode: str, checkpoint: str, given: dict):

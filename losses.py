@@ -97,9 +97,9 @@ def loss_v5(out: Output, batch: dict, w) -> Terms:
     """Not the paper's: Eq. 3 with λ_org L_DiceCE(o, D_C(E_C(x_C))) in place of CT's reconstruction,
     over the crops of studies whose organs o are known."""
     known = batch["organs"][:, 0, 0, 0] != UNKNOWN
-    organs = (
-        dice_ce(batch["organs"][known], out.ct[known]) if known.any() else 0 * out.ct.float().sum()
-    )
+    organs = 0 * out.ct.float().sum()  # a batch without a map teaches no organ
+    if known.any():
+        organs = dice_ce(batch["organs"][known], out.ct[known])
     return {
         "organs": w.lambda_org * organs,
         "seg": w.lambda_seg * dice_ce(batch["mask"], out.seg),

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -483,6 +484,15 @@ def test_an_ensemble_averages_the_margins(base, cases, others, finished, tmp_pat
     )
     with pytest.raises(UserError, match="its spacing is not that of"):
         evaluate(*runs, "--predict", tmp_path / "in", "--out", tmp_path / "masks")
+
+
+def test_an_ensemble_refuses_runs_of_other_classes(monkeypatch):
+    def opened(run, *_):
+        return SimpleNamespace(variant=SimpleNamespace(classes=(run.name,))), Config(), None, None
+
+    monkeypatch.setattr(evaluation, "load_run", opened)
+    with pytest.raises(UserError, match="core: its classes is not that of edema"):
+        evaluation.open_runs([Path("edema"), Path("core")], "best", {})
 
 
 def test_predictions_of_unlabelled_studies_match_the_evaluation(base, finished, tmp_path, capsys):
