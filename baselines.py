@@ -5,25 +5,28 @@ Every network is called as MirrorUNet is, on ct and pet (B, 1, W, H, D), and ret
 the CT slot holds FLAIR, the PET slot T1Gd. Networks that fuse early see both as channels, CT first.
 
 A docstring says where a system comes from and, under "Choice", what is ours: the papers were
-written for other data, and Sec. 4.2 does not say how they were carried over.
+written for other data, and Sec. 4.2 does not say how they were carried over. All are trained with
+the recipe of Mirror U-Net.
 
 Losses take what those in losses.py take, but have weights of their own: `w` is not read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses import Terms, dice_ce, reconstruction
+from losses import Terms, dice_ce, reconstruction, tumor_bce
 from mirror_unet import (
     CHANNELS,
     CT,
     MASKS,
     PET,
+    SKIPS,
     STRIDE,
     Down,
     Network,
@@ -32,10 +35,12 @@ from mirror_unet import (
     Variant,
     decode,
     encode,
-    margins,
+    output_layer,
     share,
     unet_layers,
 )
+
+Heads = tuple[str, ...] | None
 
 
 class System(Network):
@@ -56,27 +61,29 @@ def loss_seg(out: Output, batch: dict, w) -> Terms:
     return {"seg": dice_ce(batch["mask"], out.seg)}
 
 
-def presence(out: Output, batch: dict) -> Tensor:
-    """L_BCE of the tumour logit: is there a lesion?"""
-    return F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
-
-
 def he_init(net: nn.Module, slope: float = 0.0, uniform: bool = False) -> None:
     """He's weights and no bias for every convolution, as nnU-Net and DeepMTS start."""
-    draw = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
+    draw_weights = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
     for layer in net.modules():
         if isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
-            draw(layer.weight, a=slope)
+            draw_weights(layer.weight, a=slope)
             nn.init.zeros_(layer.bias)
 
 
-def outputs(stages: nn.ModuleList, x: Tensor, halve: Callable | None = None) -> list[Tensor]:
-    """What each stage puts out, given what the one before did; `halve` pools in between."""
+def run_stages(stages: nn.ModuleList, x: Tensor, pool: bool = False) -> list[Tensor]:
+    """The output of each stage, given that of the one before, max-pooled if `pool` says so."""
     maps = []
     for stage in stages:
-        x = stage(halve(x, 2) if halve and maps else x)
+        if pool and maps:
+            x = F.max_pool3d(x, 2)
+        x = stage(x)
         maps.append(x)
     return maps
+
+
+def volume_averages(maps: list[Tensor]) -> Tensor:
+    """Averages over the volume of maps (B, C_i, ...), concatenated: (B, sum of C_i)."""
+    return torch.cat([x.mean(dim=(2, 3, 4)) for x in maps], dim=1)
 
 
 # ------------------------------------------------------------------ Table 3
@@ -92,22 +99,25 @@ class UNet(System):
     def __init__(self, kind: str = "petct", images: tuple[str, ...] = ("ct", "pet")):
         super().__init__(kind)
         self.images = images
-        first = Down(len(images), CHANNELS[0], 2)
-        output = Up(2 * CHANNELS[0], self.classes, bare=True)
+        first = Down(len(images), CHANNELS[0], stride=2)
+        output = output_layer(CHANNELS, self.variant.pet)
         self.layers = nn.ModuleList([first, *unet_layers()[1:], output])
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        self.wanted(ct, pet, heads)
-        slots, branches = {"ct": ct, "pet": pet}, {"seg": self.layers}
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        self.check_inputs(ct, pet, heads)
+        slots = {"ct": ct, "pet": pet}
         seen = torch.cat([slots[name] for name in self.images], dim=1)
+
+        branches = {"seg": self.layers}
         maps = encode(branches, {"seg": seen})
-        return Output(**decode(branches, maps, maps[-1]))
+        outputs = decode(branches, maps[5], maps)
+        return Output(**outputs)
 
 
 class MiddleFusion(System):
     """Two encoders and one decoder (MF of Table 3).
 
-    Source: Table 3; neither the paper nor the released code says how.
+    Source: Table 3; neither the paper nor the released code describes it.
     Choice: layers 1-5 of Mirror U-Net per modality, each with its own bottom; the bottoms and, at
     every size, the skips are concatenated for one decoder of the usual widths.
     """
@@ -117,39 +127,23 @@ class MiddleFusion(System):
         c1, c2, c3, c4, c5 = CHANNELS
         self.ct = nn.ModuleList(unet_layers()[:5])
         self.pet = nn.ModuleList(unet_layers()[:5])
-        ups = [Up(2 * (c4 + c5), c3), Up(c3 + 2 * c3, c2), Up(c2 + 2 * c2, c1)]
-        self.decoder = nn.ModuleList([*ups, Up(c1 + 2 * c1, self.classes, bare=True)])
+        self.decoder = nn.ModuleList(
+            [
+                Up(2 * c4 + 2 * c5, c3),
+                Up(2 * c3 + c3, c2),
+                Up(2 * c2 + c2, c1),
+                Up(2 * c1 + c1, self.classes, bare=True),
+            ]
+        )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        self.wanted(ct, pet, heads)
-        pairs = encode({"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet})
-        *skips, x = [torch.cat([pair["ct"], pair["pet"]], dim=1) for pair in pairs]
-        for layer, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = layer(torch.cat([skip, x], dim=1))
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        self.check_inputs(ct, pet, heads)
+        maps = encode({"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet})
+
+        x = torch.cat([maps[5]["ct"], maps[5]["pet"]], dim=1)
+        for layer, skip in zip(self.decoder, SKIPS.values(), strict=True):
+            x = layer(torch.cat([maps[skip]["ct"], maps[skip]["pet"], x], dim=1))
         return Output(x)
-
-
-class LateFusion(Network):
-    """Two trained networks as one (LF of Table 3); mirror_unet.decide joins their masks.
-
-    Source: Table 3, a CT-only and a PET-only network.
-    Choice: "logits" is the mean of both networks' margins, which has the mask of their sum.
-    mode: one of LATE_FUSIONS. `seg` is (B, 1 + 2K, W, H, D): zeros, then the margins of both.
-    """
-
-    heads = ("seg",)
-
-    def __init__(self, ct: Network, pet: Network, mode: str):
-        super().__init__()
-        self.ct, self.pet = ct, pet
-        self.variant = replace(pet.variant, join=mode)
-
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        self.wanted(ct, pet, heads)
-        # In float32: bf16 margins would round what the networks say when run for themselves.
-        segs = [net(ct, pet, heads=("seg",)).seg.float() for net in (self.ct, self.pet)]
-        found = torch.cat([margins(seg) for seg in segs], dim=1)
-        return Output(torch.cat([torch.zeros_like(found[:, :1]), found], dim=1))
 
 
 # ------------------------------------------------------------------ nnU-Net and Blackbean
@@ -157,10 +151,14 @@ class LateFusion(Network):
 
 def double_conv(cin: int, cout: int, stride: int = 1, affine=True, slope=0.01) -> nn.Sequential:
     """A stage of nnU-Net: twice 3^3 convolution, instance norm, leaky ReLU; the first strided."""
-    layers = []
-    for conv in (nn.Conv3d(cin, cout, 3, stride, 1), nn.Conv3d(cout, cout, 3, 1, 1)):
-        layers += [conv, nn.InstanceNorm3d(cout, affine=affine), nn.LeakyReLU(slope, inplace=True)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(
+        nn.Conv3d(cin, cout, 3, stride, padding=1),
+        nn.InstanceNorm3d(cout, affine=affine),
+        nn.LeakyReLU(slope, inplace=True),
+        nn.Conv3d(cout, cout, 3, padding=1),
+        nn.InstanceNorm3d(cout, affine=affine),
+        nn.LeakyReLU(slope, inplace=True),
+    )
 
 
 class PlainUNet(System):
@@ -174,26 +172,33 @@ class PlainUNet(System):
     def __init__(self, kind: str, widths: tuple[int, ...]):
         super().__init__(kind)
         self.stride = 2 ** (len(widths) - 1)
-        self.least = 2 * self.stride  # instance norm needs more than one voxel at the bottom
-        pairs = list(pairwise(widths))
-        first = double_conv(2, widths[0])
-        self.down = nn.ModuleList([first, *(double_conv(a, b, stride=2) for a, b in pairs)])
-        pairs.reverse()
-        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, 2) for a, b in pairs)
-        self.decoder = nn.ModuleList(double_conv(2 * a, a) for a, _ in pairs)
-        self.logits = nn.ModuleList(nn.Conv3d(a, self.classes, 1) for a, _ in pairs)
+        self.min_side = 2 * self.stride  # instance norm needs more than one voxel at the bottom
+
+        self.down = nn.ModuleList([double_conv(2, widths[0])])
+        for fine, coarse in pairwise(widths):
+            self.down.append(double_conv(fine, coarse, stride=2))
+
+        self.up = nn.ModuleList()
+        self.decoder = nn.ModuleList()
+        self.logits = nn.ModuleList()
+        for coarse, fine in pairwise(reversed(widths)):
+            self.up.append(nn.ConvTranspose3d(coarse, fine, 2, stride=2))
+            self.decoder.append(double_conv(2 * fine, fine))
+            self.logits.append(nn.Conv3d(fine, self.classes, 1))
         he_init(self, slope=0.01)
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        want = self.wanted(ct, pet, heads)
-        *skips, x = outputs(self.down, torch.cat([ct, pet], dim=1))
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        wanted = self.check_inputs(ct, pet, heads)
+        *skips, x = run_stages(self.down, torch.cat([ct, pet], dim=1))
+
         maps = []
         for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             x = stage(torch.cat([up(x), skip], dim=1))
             maps.append(x)
-        if "extra" not in want:
+
+        if "extra" not in wanted:
             return Output(self.logits[-1](x))
-        *deep, seg = (logits(x) for logits, x in zip(self.logits, maps, strict=True))
+        *deep, seg = [logits(x) for logits, x in zip(self.logits, maps, strict=True)]
         return Output(seg, extra={"deep": deep[::-1]})  # logits at 1/2, 1/4, ... of the size
 
 
@@ -202,9 +207,11 @@ def stages_of(patch: tuple[int, ...]) -> int:
 
     96^3 has five, 128^3 six. 224 x 224 x 144 has five, as 144 does not divide by 32.
     """
-    stages, sides = 1, list(patch)
+    stages = 1
+    sides = list(patch)
     while all(side % 2 == 0 and side >= 8 for side in sides):
-        stages, sides = stages + 1, [side // 2 for side in sides]
+        stages += 1
+        sides = [side // 2 for side in sides]
     return stages
 
 
@@ -213,12 +220,13 @@ class NNUNet(PlainUNet):
 
     Source: Isensee et al. 2021; MIC-DKFZ/nnUNet, its `PlainConvUNet`. Widths double from 32 to at
     most 320.
-    Choice: the number of stages follows our patch (five at 96^3), in the matched recipe. All axes
-    are halved together, where nnU-Net's planner stops each axis on its own and pads the patch.
+    Choice: the number of stages follows our patch (five at 96^3). All axes are halved together,
+    where nnU-Net's planner stops each axis on its own and pads the patch.
     """
 
     def __init__(self, kind: str = "petct", patch: tuple[int, ...] = (96, 96, 96)):
-        super().__init__(kind, tuple(min(32 * 2**i, 320) for i in range(stages_of(patch))))
+        widths = [min(32 * 2**stage, 320) for stage in range(stages_of(patch))]
+        super().__init__(kind, tuple(widths))
 
 
 class Blackbean(PlainUNet):
@@ -236,7 +244,7 @@ class Blackbean(PlainUNet):
 def deep_weights(outputs: int) -> list[float]:
     """Weights of deep supervision, full size first: powers of 1/2, the last 0, with sum 1."""
     halves = [0.5**i for i in range(outputs - 1)]
-    return [half / sum(halves) for half in halves] + [0.0] if halves else [1.0]
+    return [half / sum(halves) for half in halves] + [0.0]
 
 
 def loss_deep(out: Output, batch: dict, w) -> Terms:
@@ -245,8 +253,9 @@ def loss_deep(out: Output, batch: dict, w) -> Terms:
     The mask is brought to a size by the nearest voxel. The term of weight 0 is there so that its
     logits have a gradient, which data-parallel training asks for.
     """
-    sizes = (out.seg, *out.extra["deep"])
-    mask, total = batch["mask"][:, None].float(), 0
+    sizes = [out.seg, *out.extra["deep"]]
+    mask = batch["mask"][:, None].float()  # (B, 1, W, H, D)
+    total = 0
     for weight, logits in zip(deep_weights(len(sizes)), sizes, strict=True):
         y = F.interpolate(mask, logits.shape[2:], mode="nearest-exact")[:, 0]
         total = total + weight * dice_ce(y, logits)
@@ -274,11 +283,15 @@ class PreActivation(nn.Module):
 def res_encoder(cin: int, width: int, bias: bool) -> nn.ModuleList:
     """1, 2, 2, 4 blocks at 1, 2, 4, 8 times `width`, each level at half the size of the last."""
     levels = nn.ModuleList()
-    for i, blocks in enumerate((1, 2, 2, 4)):
-        cout = width * 2**i
-        conv = nn.Conv3d(cin, cout, 3, 2 if i else 1, 1, bias=False)
-        start = [conv] if i else [conv, nn.Dropout3d(0.2)]
-        levels.append(nn.Sequential(*start, *(PreActivation(cout, bias) for _ in range(blocks))))
+    for level, blocks in enumerate((1, 2, 2, 4)):
+        cout = width * 2**level
+        stride = 1 if level == 0 else 2
+        layers = [nn.Conv3d(cin, cout, 3, stride, padding=1, bias=False)]
+        if level == 0:
+            layers.append(nn.Dropout3d(0.2))
+        for _ in range(blocks):
+            layers.append(PreActivation(cout, bias))
+        levels.append(nn.Sequential(*layers))
         cin = cout
     return levels
 
@@ -294,9 +307,11 @@ class ResDecoder(nn.Module):
         self.blocks = nn.ModuleList(PreActivation(w, bias) for w in widths)
 
     def forward(self, x: Tensor, skips: list[Tensor] | None = None) -> Tensor:
-        for i, (narrow, block) in enumerate(zip(self.narrow, self.blocks, strict=True)):
+        for level, (narrow, block) in enumerate(zip(self.narrow, self.blocks, strict=True)):
             x = self.grow(narrow(x))
-            x = block(x if skips is None else x + skips[-1 - i])
+            if skips is not None:
+                x = x + skips[-1 - level]
+            x = block(x)
         return x
 
 
@@ -314,13 +329,15 @@ class SegResNet(System):
         self.encoder = res_encoder(2, filters, bias=False)
         self.decoder = ResDecoder(filters, bias=False, align_corners=False)
         self.logits = nn.Sequential(
-            nn.GroupNorm(8, filters), nn.ReLU(inplace=True), nn.Conv3d(filters, self.classes, 1)
+            nn.GroupNorm(8, filters),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(filters, self.classes, 1),
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        self.wanted(ct, pet, heads)
-        *skips, x = outputs(self.encoder, torch.cat([ct, pet], dim=1))
-        return Output(self.logits(self.decoder(x, skips)))
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        self.check_inputs(ct, pet, heads)
+        *skips, bottom = run_stages(self.encoder, torch.cat([ct, pet], dim=1))
+        return Output(self.logits(self.decoder(bottom, skips)))
 
 
 class SFNet(System):
@@ -334,8 +351,9 @@ class SFNet(System):
 
     heads = ("seg", "extra")
 
-    def __init__(self, kind: str = "petct", filters: int = 16):
+    def __init__(self, kind: str = "petct"):
         super().__init__(kind)
+        filters = 16
         self.encoder = res_encoder(2, filters, bias=True)
         self.decoder = ResDecoder(filters, bias=True, align_corners=True)
         self.logits = nn.Conv3d(filters, self.classes, 1)
@@ -343,35 +361,44 @@ class SFNet(System):
         self.weight = nn.Conv3d(filters, 1, 1)
         self.s = nn.Parameter(torch.zeros(()))  # the fusion loss counts e^-s
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        want = self.wanted(ct, pet, heads)
-        *skips, x = outputs(self.encoder, torch.cat([ct, pet], dim=1))
-        seg = self.logits(self.decoder(x, skips)) if "seg" in want else None
-        extra = None
-        if "extra" in want:
-            extra = {"weight": self.weight(self.fusion_decoder(x)).sigmoid(), "s": self.s}
-        return Output(seg, extra=extra)
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        wanted = self.check_inputs(ct, pet, heads)
+        *skips, bottom = run_stages(self.encoder, torch.cat([ct, pet], dim=1))
+        seg = self.logits(self.decoder(bottom, skips)) if "seg" in wanted else None
+        if "extra" not in wanted:
+            return Output(seg)
+        weight = self.weight(self.fusion_decoder(bottom)).sigmoid()  # (B, 1, W, H, D)
+        return Output(seg, extra={"weight": weight, "s": self.s})
 
 
-def ssim(x: Tensor, y: Tensor, span: float = 1.0, size: int = 11, sigma: float = 1.5) -> Tensor:
-    """Mean structural similarity of x and y (B, 1, W, H, D) with values in a range of `span`.
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Mean structural similarity of x and y (B, 1, W, H, D) with values in [0, 1].
 
-    Means, variances and covariance are those under a Gaussian window of size^3, only where it lies
-    inside (sides of at least `size`). Raises ValueError for smaller patches.
+    Means, variances and covariance are those under a Gaussian window of 11^3 with sd 1.5, only
+    where it lies inside. Raises ValueError for patches with a smaller side.
     """
+    size = 11
+    sigma = 1.5
     if min(x.shape[2:]) < size:
         raise ValueError(f"SSIM of {tuple(x.shape)}: every side must be at least {size}")
-    x, y = x.float(), y.float()
+    x = x.float()
+    y = y.float()
     t = torch.arange(size, dtype=torch.float64) - size // 2
     window = torch.exp(-t.square() / (2 * sigma**2))
     window = (window / window.sum()).tolist()
+
+    # Sums, not convolutions: a GPU may run those in TF32, too coarse for E[x^2] - E[x]^2.
     moments = torch.cat([x, y, x * x, y * y, x * y])
     for axis in (2, 3, 4):
-        # Sums, not convolutions: a GPU may run those in TF32, too coarse for E[x^2] - E[x]^2.
         inside = moments.shape[axis] - size + 1
-        moments = sum(g * moments.narrow(axis, i, inside) for i, g in enumerate(window))
+        smoothed = 0
+        for offset, weight in enumerate(window):
+            smoothed = smoothed + weight * moments.narrow(axis, offset, inside)
+        moments = smoothed
+
     mx, my, xx, yy, xy = moments.chunk(5)
-    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
+    c1 = 0.01**2
+    c2 = 0.03**2
     luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
     structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
     return (luminance * structure).mean()
@@ -382,15 +409,25 @@ def loss_sfnet(out: Output, batch: dict, w) -> Terms:
 
     L_fusion = 2 MSE(f, B) + MSE(f, A) + 2 (1 - SSIM(f, A)) + (1 - SSIM(f, B)).
     """
-    a, b, s = batch["ct"].float(), batch["pet"].float(), out.extra["s"]
+    a = batch["ct"].float()
+    b = batch["pet"].float()
     weight = out.extra["weight"].float()
     f = weight * b + (1 - weight) * a
     intensity = 2 * F.mse_loss(f, b) + F.mse_loss(f, a)
     structure = 2 * (1 - ssim(f, a)) + (1 - ssim(f, b))
-    return loss_seg(out, batch, w) | {"fusion": torch.exp(-s) * (intensity + structure) + s}
+
+    s = out.extra["s"]
+    terms = loss_seg(out, batch, w)
+    terms["fusion"] = torch.exp(-s) * (intensity + structure) + s
+    return terms
 
 
 # ------------------------------------------------------------------ Andrearczyk et al.
+
+
+def conv_relu_norm(cin: int, cout: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv3d(cin, cout, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm3d(cout))
 
 
 class Projected(nn.Module):
@@ -398,12 +435,8 @@ class Projected(nn.Module):
 
     def __init__(self, cin: int, cout: int, kernel: int = 3):
         super().__init__()
-
-        def layer(k: int) -> nn.Sequential:
-            conv = nn.Conv3d(cin, cout, k, padding=k // 2)
-            return nn.Sequential(conv, nn.ReLU(inplace=True), nn.BatchNorm3d(cout))
-
-        self.conv, self.project = layer(kernel), layer(1)
+        self.conv = conv_relu_norm(cin, cout, kernel)
+        self.project = conv_relu_norm(cin, cout, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + self.project(x)
@@ -423,49 +456,57 @@ class Andrearczyk(System):
     def __init__(self, kind: str = "petct"):
         super().__init__(kind)
         widths = (8, 16, 32, 64, 128)
-        pairs = list(pairwise(widths))
-        first = nn.Sequential(Projected(2, 8, kernel=7), Projected(8, 8))
-        deeper = [nn.Sequential(Projected(a, b), Projected(b, b)) for a, b in pairs]
-        self.down = nn.ModuleList([first, *deeper])
-        pairs.reverse()
-        ups = [nn.ConvTranspose3d(b, a, 3, 2, 1, output_padding=1) for a, b in pairs]
-        self.up = nn.ModuleList(ups)
-        self.convs = nn.ModuleList(nn.Conv3d(2 * a, a, 3, padding=1) for a, _ in pairs)
-        self.full_size = nn.ModuleList(nn.Conv3d(a, 8, 1) for a, _ in pairs[:-1])
+        self.down = nn.ModuleList([nn.Sequential(Projected(2, 8, kernel=7), Projected(8, 8))])
+        for fine, coarse in pairwise(widths):
+            stage = nn.Sequential(Projected(fine, coarse), Projected(coarse, coarse))
+            self.down.append(stage)
+
+        ups = (64, 32, 16, 8)  # widths of the decoder's stages
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(2 * w, w, 3, 2, padding=1, output_padding=1) for w in ups
+        )
+        self.convs = nn.ModuleList(nn.Conv3d(2 * w, w, 3, padding=1) for w in ups)
+        self.full_size = nn.ModuleList(nn.Conv3d(w, 8, 1) for w in ups[:-1])
+
         self.logits = nn.Sequential(
-            nn.Conv3d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv3d(8, self.classes, 1)
+            nn.Conv3d(8, 8, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(8, self.classes, 1),
         )
         self.classifier = nn.Sequential(
-            nn.Dropout(0.5), nn.Linear(sum(widths), 128), nn.ReLU(), nn.Dropout(0.5),
-            nn.Linear(128, 1), nn.Flatten(0),
-        )  # fmt: skip
+            nn.Dropout(0.5),
+            nn.Linear(sum(widths), 128),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(128, 1),
+            nn.Flatten(0),
+        )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        want = self.wanted(ct, pet, heads)
-        maps = outputs(self.down, torch.cat([ct, pet], dim=1), F.max_pool3d)
-        seg = self.decode(maps) if "seg" in want else None
-        tumor = self.classifier(averages(maps)) if "tumor" in want else None
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        wanted = self.check_inputs(ct, pet, heads)
+        maps = run_stages(self.down, torch.cat([ct, pet], dim=1), pool=True)
+        seg = self.decode(maps) if "seg" in wanted else None
+        tumor = self.classifier(volume_averages(maps)) if "tumor" in wanted else None
         return Output(seg, tumor=tumor)
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Logits from the maps of the five stages; every decoder stage adds to the last one."""
         *skips, x = maps
         added = 0
-        for i, (up, conv) in enumerate(zip(self.up, self.convs, strict=True)):
-            x = conv(torch.cat([up(x).relu(), skips[-1 - i]], dim=1)).relu()
-            if i < len(self.full_size):
-                added = added + F.interpolate(self.full_size[i](x).relu(), scale_factor=8 // 2**i)
+        for level, (up, conv) in enumerate(zip(self.up, self.convs, strict=True)):
+            x = torch.cat([up(x).relu(), skips[-1 - level]], dim=1)
+            x = conv(x).relu()
+            if level < len(self.full_size):
+                coarse = self.full_size[level](x).relu()
+                added = added + F.interpolate(coarse, scale_factor=8 // 2**level)
         return self.logits(x + added)
-
-
-def averages(maps: list[Tensor]) -> Tensor:
-    """Averages over the volume of maps (B, C_i, ...), concatenated: (B, sum of C_i)."""
-    return torch.cat([x.mean(dim=(2, 3, 4)) for x in maps], dim=1)
 
 
 def loss_andrearczyk(out: Output, batch: dict, w) -> Terms:
     """L_DiceCE + 0.1 L_BCE; the original's outcome is survival, its weight is not published."""
-    return loss_seg(out, batch, w) | {"cls": 0.1 * presence(out, batch)}
+    terms = loss_seg(out, batch, w)
+    terms["cls"] = 0.1 * tumor_bce(out, batch)
+    return terms
 
 
 # ------------------------------------------------------------------ DeepMTS
@@ -495,13 +536,17 @@ class Residual(nn.Module):
 class Dense(nn.Sequential):
     """A layer of a dense block: its 16 new channels are appended to what it was given."""
 
-    def __init__(self, cin: int, hidden: int = 64, growth: int = 16):
+    def __init__(self, cin: int):
         super().__init__(
-            nn.BatchNorm3d(cin), nn.ReLU(inplace=True), nn.Conv3d(cin, hidden, 1),
+            nn.BatchNorm3d(cin),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(cin, 64, 1),
             nn.Dropout(0.05),
-            nn.BatchNorm3d(hidden), nn.ReLU(inplace=True), nn.Conv3d(hidden, growth, 3, padding=1),
+            nn.BatchNorm3d(64),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(64, 16, 3, padding=1),
             nn.Dropout(0.05),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, super().forward(x)], dim=1)
@@ -512,21 +557,34 @@ class DenseNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first = nn.Sequential(nn.Conv3d(3, 24, 3, 2), nn.Dropout(0.05), nn.MaxPool3d(3, 2))
-        self.blocks, self.norms = nn.ModuleList(), nn.ModuleList()
-        cin = 24
-        for layers, cout in ((4, 16), (8, 32), (16, 64)):
-            dense = [Dense(cin + 16 * i) for i in range(layers)]
-            cin += 16 * layers
-            transition = [nn.BatchNorm3d(cin), nn.ReLU(inplace=True), nn.Conv3d(cin, cout, 1)]
-            self.blocks.append(nn.Sequential(*dense, *transition, nn.Dropout(0.05)))
+        self.first = nn.Sequential(
+            nn.Conv3d(3, 24, 3, stride=2),
+            nn.Dropout(0.05),
+            nn.MaxPool3d(3, stride=2),
+        )
+        self.blocks = nn.ModuleList()
+        self.norms = nn.ModuleList()
+
+        channels = 24
+        for dense_layers, cout in ((4, 16), (8, 32), (16, 64)):
+            layers = []
+            for _ in range(dense_layers):
+                layers.append(Dense(channels))
+                channels += 16
+
+            layers += [nn.BatchNorm3d(channels), nn.ReLU(inplace=True)]
+            layers += [nn.Conv3d(channels, cout, 1), nn.Dropout(0.05)]
+            self.blocks.append(nn.Sequential(*layers))
             self.norms.append(nn.BatchNorm3d(cout))
-            cin = cout
+            channels = cout
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x, maps = self.first(x), []
+        x = self.first(x)
+        maps = []
         for block, norm in zip(self.blocks, self.norms, strict=True):
-            x = block(F.avg_pool3d(x, 2) if maps else x)
+            if maps:
+                x = F.avg_pool3d(x, 2)
+            x = block(x)
             maps.append(norm(x).relu())
         return maps
 
@@ -542,44 +600,68 @@ class DeepMTS(System):
     """
 
     heads = ("seg", "tumor")
-    least = 2 * STRIDE  # what the DenseNet, unpadded, needs for its last map
-    bf16_least = 4 * STRIDE  # the DenseNet, unpadded, has maps of 2^3 at 48^3 too
+    min_side = 2 * STRIDE  # what the DenseNet, unpadded, needs for its last map
+    bf16_min_side = 4 * STRIDE  # the DenseNet, unpadded, has maps of 2^3 at 48^3 too
 
     def __init__(self, kind: str = "petct"):
         super().__init__(kind)
         widths = (8, 16, 32, 64, 128)
-        pairs = list(pairwise((2, *widths)))
-        down = [Residual(a, b, n) for (a, b), n in zip(pairs, (2, 2, 3, 3, 4), strict=True)]
-        up = [Residual(a + b, a, n) for (a, b), n in zip(pairs[1:], (2, 2, 3, 3), strict=True)]
-        self.down, self.up = nn.ModuleList(down), nn.ModuleList(reversed(up))
-        self.logits = nn.Conv3d(widths[0], self.classes, 1)
+        self.down = nn.ModuleList(
+            [
+                Residual(2, 8, 2),
+                Residual(8, 16, 2),
+                Residual(16, 32, 3),
+                Residual(32, 64, 3),
+                Residual(64, 128, 4),
+            ]
+        )
+        ups = [
+            Residual(8 + 16, 8, 2),
+            Residual(16 + 32, 16, 2),
+            Residual(32 + 64, 32, 3),
+            Residual(64 + 128, 64, 3),
+        ]
+        self.up = nn.ModuleList(reversed(ups))
+        self.logits = nn.Conv3d(8, self.classes, 1)
+
         self.narrow = nn.ModuleList(conv_norm_relu(w, w // 2, kernel=1) for w in widths)
         self.dense_net = DenseNet()
         he_init(self, uniform=True)
+
+        # 124 channels of the narrowed maps of the U-Net, 112 of the DenseNet's
         self.from_unet = nn.Sequential(nn.Dropout(0.5), nn.Linear(124, 64), nn.ReLU())
         self.from_dense_net = nn.Sequential(nn.Dropout(0.5), nn.Linear(112, 64), nn.ReLU())
         self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, 1), nn.Flatten(0))
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        want = self.wanted(ct, pet, heads)
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        wanted = self.check_inputs(ct, pet, heads)
         images = torch.cat([ct, pet], dim=1)
-        maps = outputs(self.down, images, F.max_pool3d)
+        maps = run_stages(self.down, images, pool=True)
+
         *skips, x = maps
         for stage, skip in zip(self.up, reversed(skips), strict=True):
             x = stage(torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1))
-        seg, tumor = self.logits(x), None
-        if "tumor" in want:
-            foreground = seg.softmax(dim=1)[:, 1:].sum(dim=1, keepdim=True)
-            narrow = [layer(m) for layer, m in zip(self.narrow, maps, strict=True)]
-            dense = self.dense_net(torch.cat([images, foreground], dim=1))
-            parts = [self.from_unet(averages(narrow)), self.from_dense_net(averages(dense))]
-            tumor = self.classifier(torch.cat(parts, dim=1))
-        return Output(seg if "seg" in want else None, tumor=tumor)
+        seg = self.logits(x)
+
+        tumor = self.classify(images, seg, maps) if "tumor" in wanted else None
+        return Output(seg if "seg" in wanted else None, tumor=tumor)
+
+    def classify(self, images: Tensor, seg: Tensor, maps: list[Tensor]) -> Tensor:
+        """The tumour's logit (B,) from the images, the mask's logits and the encoder's maps."""
+        foreground = seg.softmax(dim=1)[:, 1:].sum(dim=1, keepdim=True)  # (B, 1, W, H, D)
+        dense_maps = self.dense_net(torch.cat([images, foreground], dim=1))
+        unet_maps = [narrow(x) for narrow, x in zip(self.narrow, maps, strict=True)]
+
+        from_unet = self.from_unet(volume_averages(unet_maps))  # (B, 64)
+        from_dense_net = self.from_dense_net(volume_averages(dense_maps))  # (B, 64)
+        return self.classifier(torch.cat([from_unet, from_dense_net], dim=1))
 
 
 def loss_deepmts(out: Output, batch: dict, w) -> Terms:
     """L_DiceCE + L_BCE, one to one as in the original with its Cox loss."""
-    return loss_seg(out, batch, w) | {"cls": presence(out, batch)}
+    terms = loss_seg(out, batch, w)
+    terms["cls"] = tumor_bce(out, batch)
+    return terms
 
 
 # ------------------------------------------------------------------ Weninger et al.
@@ -592,21 +674,22 @@ def double_relu(cin: int, cout: int) -> nn.Sequential:
 class WeningerDecoder(nn.Module):
     """Three transposed convolutions, each followed by two convolutions, with or without skips."""
 
-    def __init__(self, filters: int, cout: int, skips: bool):
+    def __init__(self, cout: int, skips: bool):
         super().__init__()
-        widths = (4 * filters, 2 * filters, filters)
-        ups = [nn.ConvTranspose3d(2 * w, 2 * w, 3, 2, 1, output_padding=1) for w in widths]
-        self.up = nn.ModuleList(
-            nn.Sequential(up, nn.InstanceNorm3d(up.out_channels), nn.ReLU(inplace=True))
-            for up in ups
-        )
+        widths = (64, 32, 16)
+        self.up = nn.ModuleList()
+        for w in widths:
+            up = nn.ConvTranspose3d(2 * w, 2 * w, 3, 2, padding=1, output_padding=1)
+            self.up.append(nn.Sequential(up, nn.InstanceNorm3d(2 * w), nn.ReLU(inplace=True)))
         self.convs = nn.ModuleList(double_relu(3 * w if skips else 2 * w, w) for w in widths)
-        self.output = nn.Conv3d(filters, cout, 1)
+        self.output = nn.Conv3d(16, cout, 1)
 
     def forward(self, x: Tensor, skips: list[Tensor] | None = None) -> Tensor:
-        for i, (up, convs) in enumerate(zip(self.up, self.convs, strict=True)):
+        for level, (up, convs) in enumerate(zip(self.up, self.convs, strict=True)):
             x = up(x)
-            x = convs(x if skips is None else torch.cat([x, skips[-1 - i]], dim=1))
+            if skips is not None:
+                x = torch.cat([x, skips[-1 - level]], dim=1)
+            x = convs(x)
         return self.output(x)
 
 
@@ -621,38 +704,45 @@ class Weninger(System):
 
     heads = ("seg", "ct", "btl", "tumor")
 
-    def __init__(self, kind: str = "petct", filters: int = 16):
+    def __init__(self, kind: str = "petct"):
         super().__init__(kind)
         self.variant = replace(self.variant, ct=CT, btl=PET)
-        widths = (2, filters, 2 * filters, 4 * filters, 8 * filters)
-        self.down = nn.ModuleList(double_relu(a, b) for a, b in pairwise(widths))
-        self.decoder = WeningerDecoder(filters, self.classes, skips=True)
-        self.rec_decoder = WeningerDecoder(filters, 2, skips=False)
+        self.down = nn.ModuleList(double_relu(a, b) for a, b in pairwise((2, 16, 32, 64, 128)))
+        self.decoder = WeningerDecoder(self.classes, skips=True)
+        self.rec_decoder = WeningerDecoder(2, skips=False)
         self.classifier = nn.Sequential(
-            nn.Linear(8 * filters, 128), nn.ReLU(), nn.Linear(128, 1), nn.Flatten(0)
+            nn.Linear(128, 128),
+            nn.ReLU(),
+            nn.Linear(128, 1),
+            nn.Flatten(0),
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        want = self.wanted(ct, pet, heads)
-        *skips, x = outputs(self.down, torch.cat([ct, pet], dim=1), F.max_pool3d)
-        out = {}
-        if "seg" in want:
-            out["seg"] = self.decoder(x, skips)
-        if want & {"ct", "btl"}:
-            rec = self.rec_decoder(x)  # (B, 2, W, H, D)
-            out["ct"], out["btl"] = rec[:, :1], rec[:, 1:]
-        if "tumor" in want:
-            out["tumor"] = self.classifier(averages([x]))
-        return Output(**out)
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        wanted = self.check_inputs(ct, pet, heads)
+        *skips, bottom = run_stages(self.down, torch.cat([ct, pet], dim=1), pool=True)
+
+        outputs = {}
+        if "seg" in wanted:
+            outputs["seg"] = self.decoder(bottom, skips)
+        if "ct" in wanted or "btl" in wanted:
+            images = self.rec_decoder(bottom)  # (B, 2, W, H, D)
+            outputs["ct"] = images[:, :1]
+            outputs["btl"] = images[:, 1:]
+        if "tumor" in wanted:
+            outputs["tumor"] = self.classifier(volume_averages([bottom]))
+        return Output(**outputs)
 
 
 def loss_weninger(out: Output, batch: dict, w) -> Terms:
     """L_DiceCE + 0.1 MSE over both images + 0.1 L_BCE (supplement, Sec. 3)."""
-    return loss_seg(out, batch, w) | {
-        "rec_ct": 0.1 * reconstruction(batch["ct"], out.ct, "mse") / 2,
-        "rec_pet": 0.1 * reconstruction(batch["pet"], out.btl, "mse") / 2,
-        "cls": 0.1 * presence(out, batch),
-    }
+    terms = loss_seg(out, batch, w)
+    terms["rec_ct"] = 0.1 * reconstruction(batch["ct"], out.ct, "mse") / 2
+    terms["rec_pet"] = 0.1 * reconstruction(batch["pet"], out.btl, "mse") / 2
+    terms["cls"] = 0.1 * tumor_bce(out, batch)
+    return terms
+
+
+# ------------------------------------------------------------------ Valindria et al.
 
 
 class Valindria(System):
@@ -666,77 +756,79 @@ class Valindria(System):
 
     heads = ("seg", "ct", "pet")
     branches = ("ct", "pet")
-    alternates = True
+    one_branch_per_step = True
 
     def __init__(self, kind: str = "petct", norm: str = "shared"):
         super().__init__(kind)
         self.variant = replace(self.variant, ct=self.variant.pet)
-        pet, ct = unet_layers(), unet_layers()
-        ct[4] = share(pet[4], norm == "private")
-        width = 2 * CHANNELS[0]
-        self.pet = nn.ModuleList([*pet, Up(width, self.classes, bare=True)])
-        self.ct = nn.ModuleList([*ct, Up(width, self.classes, bare=True)])
+        pet = unet_layers()
+        ct = unet_layers()
+        ct[4] = share(pet[4], private_norm=norm == "private")
+        self.pet = nn.ModuleList([*pet, output_layer(CHANNELS, self.variant.pet)])
+        self.ct = nn.ModuleList([*ct, output_layer(CHANNELS, self.variant.ct)])
 
     def step_options(self, number: int) -> dict:
         return {"branch": self.branches[number % 2]}
 
-    def forward(self, ct, pet, heads=None, branch: str | None = None) -> Output:
+    def forward(
+        self, ct: Tensor, pet: Tensor, heads: Heads = None, branch: str | None = None
+    ) -> Output:
         """branch: "ct" or "pet" runs that branch only, and its logits are `seg`."""
-        want = self.wanted(ct, pet, heads)
-        branches, images = {"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet}
-        run = [name for name in images if branch in (None, name) and want & {"seg", name}]
-        maps = encode(branches, {name: images[name] for name in run})
-        out = decode(branches, maps, maps[-1])
-        if "seg" in want:
-            out["seg"] = sum(out.values()) / len(out)
-        return Output(**out)
+        wanted = self.check_inputs(ct, pet, heads)
+        images = {}
+        for name, image in (("ct", ct), ("pet", pet)):
+            if branch in (None, name) and ("seg" in wanted or name in wanted):
+                images[name] = image
+
+        branches = {"ct": self.ct, "pet": self.pet}
+        maps = encode(branches, images)
+        outputs = decode(branches, maps[5], maps)
+        if "seg" in wanted:
+            outputs["seg"] = sum(outputs.values()) / len(outputs)
+        return Output(**outputs)
 
 
 # ------------------------------------------------------------------ the table of systems
 
 
-@dataclass(frozen=True)
-class Row:
-    """A compared system: how a resolved config.Config builds it, its loss, and its own recipe.
+class SystemRow(NamedTuple):
+    """A compared system: how a resolved config.Config builds it, and its loss.
 
-    own: options that --recipe own sets, as far as they are known; the matched recipe is that of
-    Mirror U-Net for all. reads: options of its network or loss that most systems lack.
+    options: those of its network or loss that most systems lack.
     """
 
     build: Callable[[object], System]
     loss: Callable = loss_seg
-    own: dict = field(default_factory=dict)
-    reads: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
-SGD = dict(optimizer="sgd", weight_decay=3e-5, schedule="poly", clip=12.0, epochs=1000, steps=250,
-           batch_size=2, lesion_p=1 / 3, overlap=0.5, window_weights="gaussian")  # fmt: skip
 SYSTEMS = {
     # Table 3
-    "ct": Row(lambda c: UNet(c.kind, ("ct",))),
-    "pet": Row(lambda c: UNet(c.kind, ("pet",))),
-    "early_fusion": Row(lambda c: UNet(c.kind)),
-    "middle_fusion": Row(lambda c: MiddleFusion(c.kind)),
+    "ct": SystemRow(lambda c: UNet(c.kind, ("ct",))),
+    "pet": SystemRow(lambda c: UNet(c.kind, ("pet",))),
+    "early_fusion": SystemRow(lambda c: UNet(c.kind)),
+    "middle_fusion": SystemRow(lambda c: MiddleFusion(c.kind)),
     # Table 4
-    "nnunet": Row(lambda c: NNUNet(c.kind, c.patch), loss_deep,
-                  SGD | dict(lr=1e-2, patch=(128, 128, 128))),
-    "blackbean": Row(lambda c: Blackbean(c.kind), loss_deep,
-                     SGD | dict(lr=1e-4, patch=(192, 192, 192))),
-    "sfnet": Row(lambda c: SFNet(c.kind), loss_sfnet,
-                 dict(lr=1e-4, weight_decay=1e-5, batch_size=2, epochs=200, lr_drop=0)),
-    "andrearczyk": Row(lambda c: Andrearczyk(c.kind), loss_andrearczyk,
-                       dict(lr=1e-3, schedule="cosine", patch=(144, 144, 144)), ("class_label",)),
-    "deepmts": Row(lambda c: DeepMTS(c.kind), loss_deepmts,
-                   dict(lr=1e-4, batch_size=8, patch=(128, 128, 128), lr_drop=100),
-                   ("class_label",)),
-    "weninger": Row(lambda c: Weninger(c.kind), loss_weninger,
-                    dict(lr=5e-3, weight_decay=1e-5, schedule="exp"), ("class_label",)),
-    "valindria": Row(lambda c: Valindria(c.kind, c.norm), reads=("norm",)),
+    "nnunet": SystemRow(lambda c: NNUNet(c.kind, c.patch), loss_deep),
+    "blackbean": SystemRow(lambda c: Blackbean(c.kind), loss_deep),
+    "sfnet": SystemRow(lambda c: SFNet(c.kind), loss_sfnet),
+    "andrearczyk": SystemRow(lambda c: Andrearczyk(c.kind), loss_andrearczyk, ("class_label",)),
+    "deepmts": SystemRow(lambda c: DeepMTS(c.kind), loss_deepmts, ("class_label",)),
+    "weninger": SystemRow(lambda c: Weninger(c.kind), loss_weninger, ("class_label",)),
+    "valindria": SystemRow(lambda c: Valindria(c.kind, c.norm), options=("norm",)),
     # Table 5
-    "segresnet": Row(lambda c: SegResNet(c.kind),
-                     own=dict(lr=1e-4, weight_decay=1e-5, schedule="cosine", epochs=300,
-                              batch_size=1, overlap=0.5)),
-}  # fmt: skip
-# Mirror U-Net that is given one modality in both places, in training and in evaluation (Table 4).
-ONE_MODALITY = {"v3_ct_only": ("v3", "ct"), "v3_pet_only": ("v3", "pet")}
-LATE_FUSIONS = ("logits", "union", "intersection")  # of a `ct` and a `pet` run, Table 3
+    "segresnet": SystemRow(lambda c: SegResNet(c.kind)),
+}
+
+
+class OneModality(NamedTuple):
+    """Mirror U-Net with one modality in both places, in training and in evaluation (Table 4)."""
+
+    version: str
+    modality: str
+
+
+ONE_MODALITY = {
+    "v3_ct_only": OneModality("v3", "ct"),
+    "v3_pet_only": OneModality("v3", "pet"),
+}

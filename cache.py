@@ -8,52 +8,152 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from files import FULL, UserError, atomic, progress, sweep, unfinished, write_json
-from preprocess import Preprocessing, hash_of, preprocess
-from studies import BadStudy, Finding, Found, Study, list_findings
+from common import (
+    DISK_FULL,
+    UserError,
+    atomic,
+    progress,
+    remove_stale_files,
+    temporary_path,
+    write_json,
+)
+from preprocess import CaseMeta, Preprocessing, content_hash, preprocess
+from studies import BadStudy, Finding, Study, StudyFolder, list_findings
 
 NPY_HEADER = 128  # bytes before the data of an .npy file of few axes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One preprocessed study: `meta`, and its arrays memory-mapped below `folder`."""
+    """One preprocessed study: what is known of it, and its arrays below `folder`."""
 
-    meta: dict
+    meta: CaseMeta
     folder: Path | None = None
-    organs: "Case | None" = None  # its organ map, where it is read and there (organs.py)
+    organs: "Case | None" = None  # its organ map, cached in the same way (organs.py)
 
-    name = property(lambda self: self.meta["name"])
-    patient = property(lambda self: self.meta["patient"])
-    has_lesion = property(lambda self: bool(self.meta["lesion_voxels"]))
+    @property
+    def name(self) -> str:
+        return self.meta.name
+
+    @property
+    def patient(self) -> str:
+        return self.meta.patient
+
+    @property
+    def has_lesion(self) -> bool:
+        return bool(self.meta.lesion_voxels)
 
     def load(self, array: str) -> np.ndarray:
         """One of the arrays of `preprocess`. Mapped anew each time, so that nothing is kept."""
-        dtype, shape = self.meta["arrays"][array]
+        dtype, shape = self.meta.arrays[array]
         with open(self.folder / f"{array}.npy", "rb") as file:  # five times as fast as np.load
             return np.memmap(file, dtype, "r", NPY_HEADER, tuple(shape))
 
-    def native(self, array: str, values=1) -> np.ndarray:
-        """A mask on the study's own grid, uint8, from flat indices: native_label or native_hot."""
-        full = np.zeros(int(np.prod(self.meta["native_shape"])), np.uint8)
-        full[self.load(array)] = values
-        return full.reshape(self.meta["native_shape"], order="F")
+    def native_labels(self) -> np.ndarray:
+        """The classes of the mask, or the organs of a map, on the native grid; uint8."""
+        return self.native_volume("native_label", self.load("native_class"))
+
+    def native_hot(self) -> np.ndarray:
+        """1 where the SUV reaches the threshold, on the native grid; uint8."""
+        return self.native_volume("native_hot", 1)
+
+    def native_volume(self, array: str, values) -> np.ndarray:
+        """A uint8 volume on the native grid of `values` at the flat indices in `array`."""
+        volume = np.zeros(math.prod(self.meta.native_shape), np.uint8)
+        volume[self.load(array)] = values
+        return volume.reshape(self.meta.native_shape, order="F")
 
 
-def stamps(study: Study) -> dict[str, list]:
+# ------------------------------------------------------------------ one study
+
+
+def file_fingerprints(study: Study) -> dict[str, list]:
     """What a study is made of, which a later start compares instead of reading."""
-    found = {"classes": [list(pair) for pair in study.classes]}
+    fingerprints = {"classes": [list(pair) for pair in study.classes]}
     for slot, source in study.sources.items():
         stat = source.path.stat()
-        found[slot] = [source.path.name, source.channel, stat.st_size, stat.st_mtime_ns]
-    return found
+        fingerprints[slot] = [source.path.name, source.channel, stat.st_size, stat.st_mtime_ns]
+    return fingerprints
+
+
+def with_checksum(content: dict) -> dict:
+    """The content of a meta.json with a hash of it, by which damage shows."""
+    text = json.dumps(content, sort_keys=True)
+    return content | {"checksum": content_hash(text.encode())}
+
+
+def read_case(folder: Path, study: Study) -> Case | None:
+    """The cached study if it is complete and was made from the files as they are now."""
+    # Whatever a killed process or a damaged disk left behind is no cached study.
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        saved = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        checksum = saved.pop("checksum")
+        meta = CaseMeta(**saved)
+        damaged = with_checksum(saved)["checksum"] != checksum
+        if damaged or meta.sources != file_fingerprints(study):
+            return None
+
+        for array, (dtype, shape) in meta.arrays.items():
+            size = NPY_HEADER + np.dtype(dtype).itemsize * math.prod(shape)
+            if (folder / f"{array}.npy").stat().st_size != size:
+                return None
+        return Case(meta, folder)
+    return None
+
+
+def write_case(study: Study, make: Callable, folder: Path) -> list[Finding]:
+    """Write the arrays and the CaseMeta that `make`, such as preprocess, returns into `folder`,
+    which appears complete or not at all. Returns what is wrong with the study."""
+    temporary = temporary_path(folder)
+    try:
+        sources = file_fingerprints(study)
+        arrays, meta = make()
+        write_arrays(temporary, arrays, replace(meta, sources=sources))
+
+        if folder.exists():  # made from other versions of the files
+            stale = temporary_path(folder)
+            os.replace(folder, stale)
+            shutil.rmtree(stale, ignore_errors=True)
+        with suppress(OSError):  # another process was faster: its folder is as good
+            os.replace(temporary, folder)
+
+        if read_case(folder, study):
+            return []
+        problem, remedy = "changed while it was read", "Start again"
+    except BadStudy as error:
+        shutil.rmtree(folder, ignore_errors=True)  # a version that an earlier check passed
+        return error.findings
+    except Exception as error:  # the other studies are still to be checked
+        if getattr(error, "errno", None) in DISK_FULL:  # but they could not be kept either
+            error.filename = str(folder)
+            raise
+        problem = f"cannot be preprocessed ({type(error).__name__}: {error})"
+        remedy = "Check the space and permissions of --cache, and the memory (fewer --workers)"
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [Finding(str(study.organs or study.pet.path), problem, remedy)]
+
+
+def write_arrays(folder: Path, arrays: dict[str, np.ndarray], meta: CaseMeta) -> None:
+    """Write the .npy files and meta.json of a study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        meta.arrays[name] = [array.dtype.str, list(array.shape)]
+        with atomic(folder / f"{name}.npy") as file:
+            header = np.lib.format.header_data_from_array_1_0(array)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(array)  # np.save would not report a full disk
+    write_json(folder / "meta.json", with_checksum(asdict(meta)))
+
+
+# ------------------------------------------------------------------ all studies
 
 
 def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
@@ -63,137 +163,112 @@ def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
     return Path(cache) / f"{root.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def sealed(meta: dict) -> dict:
-    """meta with a hash of all the rest, by which damage shows."""
-    rest = {name: value for name, value in meta.items() if name != "seal"}
-    return rest | {"seal": hash_of(json.dumps(rest, sort_keys=True).encode())}
-
-
-def cached_case(folder: Path, study: Study, allow=()) -> Case | None:
-    """The cached study if it is complete, was made from the files as they are now, and passed no
-    check that `allow` does not name."""
-    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        passed = {*meta["facts"]["allowed"]} <= {*allow}
-        if not passed or meta != sealed(meta) or meta["sources"] != stamps(study):
-            return None
-        types = {name: (np.dtype(t), math.prod(n)) for name, (t, n) in meta["arrays"].items()}
-        sizes = {name: NPY_HEADER + t.itemsize * count for name, (t, count) in types.items()}
-        found = {name: (folder / f"{name}.npy").stat().st_size for name in sizes}
-        return Case(meta, folder) if found == sizes else None
-    return None
-
-
-def fill_cache(study: Study, make: Callable, folder: Path, allow=()) -> list[Finding]:
-    """Write the arrays and meta that `make` finds, as preprocess does, into `folder`, which appears
-    complete or not at all; the findings."""
-    temporary = unfinished(folder)
-    try:
-        sources = stamps(study)
-        arrays, meta = make()
-        meta["arrays"] = {name: [array.dtype.str, [*array.shape]] for name, array in arrays.items()}
-        temporary.mkdir(parents=True, exist_ok=True)
-        for name, array in arrays.items():
-            with atomic(temporary / f"{name}.npy") as file:
-                header = np.lib.format.header_data_from_array_1_0(array)
-                np.lib.format.write_array_header_1_0(file, header)
-                file.write(array)  # np.save does not say that a disk is full
-        write_json(temporary / "meta.json", sealed(meta | {"sources": sources}))
-        if folder.exists():  # made from other versions of the files
-            stale = unfinished(folder.with_name(f"{folder.name}.old"))
-            os.replace(folder, stale)
-            shutil.rmtree(stale, ignore_errors=True)
-        with suppress(OSError):  # another process was faster: take its
-            os.replace(temporary, folder)
-        if cached_case(folder, study, allow):
-            return []
-        found, remedy = "changed while it was read", "Start again"
-    except BadStudy as error:
-        shutil.rmtree(folder, ignore_errors=True)  # a version that an earlier check passed
-        return error.findings
-    except Exception as error:  # the others shall still be checked
-        if getattr(error, "errno", None) in FULL:  # but not be kept either
-            error.filename = str(folder)
-            raise
-        found = f"cannot be preprocessed ({type(error).__name__}: {error})"
-        remedy = "Check the space and permissions of --cache, and the memory (fewer --workers)"
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return [Finding(str(study.organs or study.pet.path), found, remedy)]
-
-
-def most_bytes(study: Study, settings: Preprocessing) -> int:
-    """Upper bound of a cached study from its header: as if the body filled the volume."""
-    with suppress(Exception):  # unreadable: the check will say so
+def largest_size(study: Study, settings: Preprocessing) -> int:
+    """Bytes of a cached study at most, by its header: as if the body filled the volume."""
+    with suppress(Exception):  # the check reports what cannot be read
         header = nib.load(study.pet.path).header
         extent = np.array(header.get_data_shape()[:3]) * np.abs(header.get_zooms()[:3])
-        return int(np.prod(np.ceil(extent / settings.spacing)) * 5)  # two float16 and a uint8
+        voxels = np.prod(np.ceil(extent / settings.spacing))
+        return int(voxels * 5)  # two float16 and a uint8
     return 0
 
 
-def run_parallel(todo: list[Study], fill: Callable, workers: int) -> list[Finding]:
-    """`fill` for all studies, `workers` at a time; all findings. In threads: unpacking, resampling
-    and writing leave Python's lock to others, and nothing survives a killed process."""
-    findings, pool = [], ThreadPoolExecutor(max(1, workers))
+def read_cases(studies: list[Study], folders: dict[str, Path]) -> dict[str, Case]:
+    """The studies that are in the cache, by name; folders: where each belongs, by name too."""
+    cases = {}
+    for study in studies:
+        case = read_case(folders[study.name], study)
+        if case:
+            cases[study.name] = case
+    return cases
+
+
+def write_cases(
+    studies: list[Study],
+    make: Callable,
+    folders: dict[str, Path],
+    workers: int,
+) -> list[Finding]:
+    """write_case for all studies, `workers` at a time; all findings. make: takes a study.
+
+    Threads are enough: unpacking, resampling and writing leave Python's lock to others. And no
+    thread survives a killed process.
+    """
+    findings = []
+    pool = ThreadPoolExecutor(max(1, workers))
     try:
-        jobs = [pool.submit(fill, study) for study in todo]
+        jobs = []
+        for study in studies:
+            folder = folders[study.name]
+            jobs.append(pool.submit(write_case, study, partial(make, study), folder))
         for job in progress(as_completed(jobs), "preprocess", "study", len(jobs)):
             findings += job.result()
-    finally:  # Ctrl-C: the studies in hand are finished, the others not begun
+    finally:  # after Ctrl-C the studies in hand are finished, the others not begun
         pool.shutdown(cancel_futures=True)
     return findings
 
 
-def same_images(cases: list[Case], studies: list[Study]) -> dict[str, Finding]:
-    """A finding for each case, by name, whose image is that of another with an earlier name."""
-    first, findings = {}, {}
+def find_duplicates(cases: dict[str, Case], studies: list[Study]) -> dict[str, Finding]:
+    """A finding for each case, by name, whose PET is that of another with an earlier name."""
     paths = {study.name: str(study.pet.path) for study in studies}
-    for case in sorted(cases, key=lambda c: c.name):
-        other = first.setdefault(case.meta["digests"]["pet"], case)
-        if other is not case:
-            found = f"duplicate case: the same image as {other.name}"
-            findings[case.name] = Finding(paths[case.name], found, "Keep one of the two")
-    return findings
+    first_with: dict[str, str] = {}
+    duplicates = {}
+    for name, case in sorted(cases.items()):
+        first = first_with.setdefault(case.meta.digests["pet"], name)
+        if first != name:
+            problem = f"duplicate case: the same image as {first}"
+            duplicates[name] = Finding(paths[name], problem, "Keep one of the two")
+    return duplicates
 
 
 def prepare(
-    root, found: Found, settings, cache, workers=2, check=False, skip_bad=False, allow=(), say=print
+    folder: StudyFolder,
+    settings: Preprocessing,
+    cache: Path,
+    workers: int = 2,
+    check: bool = False,
+    skip_bad: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[Case]:
-    """Every study of `found` from the cache; what is not there (with `check` all of them) is read,
-    checked and preprocessed. After all of them, raises UserError for bad ones, unless `skip_bad`.
+    """Every study of `folder` from the cache.
+
+    What is not in the cache, with `check` every study, is read, checked and preprocessed. After all
+    of them, raises UserError if some are bad, unless `skip_bad` leaves these out.
     """
-    base = cache_folder(cache, root, settings)
-    folders = {study.name: base / study.name.replace("/", "__") for study in found.studies}
+    base = cache_folder(cache, folder.root, settings)
+    remove_stale_files(base)
+    folders = {study.name: base / study.name.replace("/", "__") for study in folder.studies}
+    cases = {} if check else read_cases(folder.studies, folders)
+    missing = [study for study in folder.studies if study.name not in cases]
 
-    def cached(study: Study) -> Case | None:
-        return cached_case(folders[study.name], study, allow)
-
-    def fill(study: Study) -> list[Finding]:
-        make = partial(preprocess, study, settings, allow)
-        return fill_cache(study, make, folders[study.name], allow)
-
-    sweep(base)
-    cases = {study.name: None if check else cached(study) for study in found.studies}
-    todo = [study for study in found.studies if cases[study.name] is None]
-    findings = list(found.findings)
-    if todo:
-        size = sum(most_bytes(study, settings) for study in todo)
+    findings = list(folder.findings)
+    if missing:
         base.mkdir(parents=True, exist_ok=True)
+        size = sum(largest_size(study, settings) for study in missing)
         free = shutil.disk_usage(base).free
-        room = f"at most {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
-        say(f"cache      {base}: {len(todo)} of {len(cases)} studies to read, {room}")
-        write_json(base / "settings.json", {"data": str(Path(root).resolve()), **asdict(settings)})
-        findings += run_parallel(todo, fill, workers)
-        cases |= {study.name: cached(study) for study in todo}
-    read = [case for case in cases.values() if case]
-    twice = same_images(read, found.studies)
-    good = [case for case in read if case.name not in twice]
-    findings += twice.values()
+        say(
+            f"cache      {base}: {len(missing)} of {len(folders)} studies to read, "
+            f"at most {size / 1e9:.2f} GB ({free / 1e9:.0f} GB free)"
+        )
+        data = str(folder.root.resolve())
+        write_json(base / "settings.json", {"data": data, **asdict(settings)})
+        make = partial(preprocess, settings=settings)
+        findings += write_cases(missing, make, folders, workers)
+        cases |= read_cases(missing, folders)
+
+    duplicates = find_duplicates(cases, folder.studies)
+    findings += duplicates.values()
+    good = []
+    for study in folder.studies:  # in their order
+        if study.name in cases and study.name not in duplicates:
+            good.append(cases[study.name])
+
     if findings:
         problems = list_findings(findings)
         if not skip_bad:
-            remedy = "Mend the others, or leave them out with --skip-bad"
-            rest = f"{len(good)} studies are fine. {remedy}."
-            raise UserError(f"the input check found {problems}\n{rest}")
+            raise UserError(
+                f"the input check found {problems}\n{len(good)} studies are fine. "
+                "Fix the others, or leave them out with --skip-bad."
+            )
         say(f"left out   {problems}")
     return good

@@ -1,8 +1,8 @@
-"""Every option of a run, once: its default, range, flag, and which versions read it.
+"""Every option of a run, once: its default, its range, its flag and the versions it applies to.
 
-Config is the options, the argument of train() and what a run saves. resolve() fills in what was
-not given, by version and kind of data, and refuses what does not fit; key_of() says which runs are
-the same but for their seed.
+A Config is the command line, the argument of train() and what a run saves. resolve() gives every
+option that applies a value, by version and kind of data, and refuses what does not fit;
+comparison_key() says which runs differ in nothing but their seed.
 """
 
 from __future__ import annotations
@@ -11,193 +11,303 @@ import argparse
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import NamedTuple
 
-from baselines import ONE_MODALITY, SYSTEMS, Row
-from checks import ALLOWABLE
-from files import Parser, UserError
-from mirror_unet import CHANNELS, DATA_NAMES, MASKS, STRIDE, VARIANTS, Variant, variant_of
+from baselines import ONE_MODALITY, SYSTEMS, SystemRow
+from common import Parser, UserError
+from mirror_unet import (
+    BOTTLENECKS,
+    CHANNELS,
+    CLASSIFIERS,
+    DATA_NAMES,
+    DEFAULT_THETA,
+    MASKS,
+    NORMS,
+    STRIDE,
+    VARIANTS,
+    Variant,
+    find_variant,
+)
+
+MAX_COUNT = 10**9  # Upper bound of every integer option; larger values are typing errors.
+COUNT = (0, MAX_COUNT)
+POSITIVE_COUNT = (1, MAX_COUNT)
+POSITIVE = (0, math.inf)  # of a real number; zero is allowed
+SHARE = (0, 1)
+SEEDS = (0, 2**63 - 1)
+
+
+class ByData(NamedTuple):
+    """A default that depends on the data; those of the phantom suit two CPU cores."""
+
+    petct: object
+    mri: object
+    phantom: object
 
 
 def option(default, help: str, **rule):
-    """A field of Config and what is known of it.
+    """A field of Config with its rule, of which all parts are optional.
 
-    rule, all optional: choices; span, the lowest and the highest number; words
-    that may stand for a number; multiple, what it divides by; lengths, how many numbers it has
-    (one may stand for three); fill, what None becomes: a value, one for each kind of data
-    (by_data) or a function of the variant and the config; used, whether a variant of Mirror U-Net
-    reads it (a compared system does if its row says so); idle, its value where it is not read;
-    launch, it does not change the weights.
+    choices: the words allowed. limits: the lowest and the highest number. lengths: how many numbers
+    a tuple may have. fill: what resolve() puts in place of None, which is a value, a ByData or a
+    function of the variant and the config. applies: a function of the variant and Φ that says
+    whether Mirror U-Net uses the option; a compared system does if its row lists it.
     """
     return field(default=default, metadata={"help": help, **rule})
 
 
-def mirror(variant: Variant, config: Config) -> bool:
+def is_mirror(variant: Variant, phi: str) -> bool:
+    """Every variant of Mirror U-Net, and of the compared systems none."""
     return True
 
 
-def shuffles(variant: Variant, config: Config) -> bool:
-    return bool(variant.phi) and (config.phi or variant.phi) == "shuffle"
+# ------------------------------------------------------------------ the options
 
 
-def by_data(petct, mri, phantom) -> dict:
-    return {"petct": petct, "mri": mri, "phantom": phantom}
-
-
-LEAST_0, LEAST_1, SHARE, SEEDS = (0, math.inf), (1, math.inf), (0, 1), (0, 2**63 - 1)
-MOST = 10**9  # of a count: more than this, be it epochs or threads, is a slip of the hand
-BOTTLENECKS = {"own": "", "joint": ", joint bottleneck (0.26 M more)", "mean": ", mean in L"}
-GROUPS = {  # as -h lists them, by the first option of each
-    "version": "task", "rec": "losses", "data": "data", "out": "training", "overlap": "inference",
-    "amp": "machine",
-}  # fmt: skip
-
-
-# fmt: off
 @dataclass(frozen=True)
 class Config:
-    """Every option of a run. None: as `fill` says for the version and the kind of data.
+    """Every option of a run. None stands for the default of the version and the kind of data.
 
-    The values are those of Sec. 3.4 and the supplement; those of the phantom are for a quick look
-    on two CPU cores. The README lists what is ours or the released code's.
+    The values are those of Sec. 3.4 and of the supplement. PAPER.md lists which are our own or the
+    released code's.
     """
 
-    version: str = option("v2", "task combination (Fig. 2) or compared system, as below")
+    version: str = option("v2", "task combination (Fig. 2) or compared system, see below")
     shared: tuple[int, ...] = option(
-        (5,), "shared layers L of 1..8; none if empty", span=(1, 8), used=mirror)
+        (5,),
+        "shared layers L, of 1 to 8; none if empty",
+        limits=(1, 8),
+        applies=is_mirror,
+    )
     widths: tuple[int, ...] = option(
-        CHANNELS, "channels of layers 1-5", lengths=(5,), span=LEAST_1, used=mirror)
+        CHANNELS,
+        "channels of layers 1 to 5",
+        lengths=(5,),
+        limits=POSITIVE_COUNT,
+        applies=is_mirror,
+    )
     bottleneck: str = option(
-        "own", "decoders start from their own bottom (Eq. 1), or from both; mean: CT and PET "
-        "features meet in L", choices=tuple(BOTTLENECKS), used=mirror)
+        "own",
+        "features that a decoder starts from: its own branch's (Eq. 1) or those of both",
+        choices=BOTTLENECKS,
+        applies=is_mirror,
+    )
     norm: str = option(
-        "shared", "batch norms of shared layers", choices=("shared", "private"), used=mirror)
+        "shared",
+        "whether shared layers share their batch norms",
+        choices=NORMS,
+        applies=is_mirror,
+    )
     classifier: str = option(
-        "both", "bottoms that T sees; pet: as in the released code", choices=("both", "pet"),
-        used=lambda v, c: v.tumor)
+        "both",
+        "bottlenecks that T sees; the released code takes pet",
+        choices=CLASSIFIERS,
+        applies=lambda variant, phi: variant.tumor,
+    )
     modality: str = option(
-        "both", "v1-v3, v5: give both branches CT or PET (Sec. 4.2)", choices=("both", "ct", "pet"),
-        used=lambda v, c: v.restores and v.classes == ("lesion",))
+        "both",
+        "images of v1-v3 and v5; ct or pet goes to both branches (Sec. 4.2)",
+        choices=("both", "ct", "pet"),
+        applies=lambda variant, phi: variant.reconstructs and variant.classes == ("lesion",),
+    )
     ct: str = option(
-        "own", "whose CT (MRI: FLAIR) the network is given and restores; other: another patient's, "
-        "a control", choices=("own", "other"))
+        "own",
+        "patient whose CT (MRI: FLAIR) is given and reconstructed; other is a control",
+        choices=("own", "other"),
+    )
     theta: float | str | None = option(
-        None, "v4: weight of CT in Eq. 4, or learn [0.2]", fill=0.2, span=SHARE, words=("learn",),
-        used=lambda v, c: v.fused)
+        None,
+        f"θ, the weight of CT in Eq. 4, or learn (v4) [{DEFAULT_THETA}]",
+        limits=SHARE,
+        choices=("learn",),
+        fill=DEFAULT_THETA,
+        applies=lambda variant, phi: variant.fused,
+    )
     phi: str | None = option(
-        None, "Φ on CT [shuffle where it applies; v5: none]", choices=("none", "noise", "shuffle"),
-        fill=lambda v, c: v.phi, idle="none", used=lambda v, c: bool(v.phi))
+        None,
+        "Φ, the change of the CT [shuffle where it applies; v5: none]",
+        choices=("none", "noise", "shuffle"),
+        fill=lambda variant, config: variant.phi,
+        applies=lambda variant, phi: variant.takes_phi,
+    )
     noise_sigma: float = option(
-        0.3, "Φ noise: its sd is drawn from U(0, this)", span=LEAST_0,
-        used=lambda v, c: bool(v.phi) and c.phi == "noise")
+        0.3,
+        "largest standard deviation of Φ noise, which is drawn from U(0, σ)",
+        limits=POSITIVE,
+        applies=lambda variant, phi: phi == "noise",
+    )
     shuffle_edge: int = option(
-        16, "Φ shuffle: edge of a cube in voxels", span=LEAST_1, used=shuffles)
+        16,
+        "edge in voxels of a cube of Φ shuffle",
+        limits=POSITIVE_COUNT,
+        applies=lambda variant, phi: phi == "shuffle",
+    )
     shuffle_count: int = option(
-        1, "Φ shuffle: cubes per crop; 1 touches 0.5 %% of 96^3, 30 an eighth", span=LEAST_0,
-        used=shuffles)
+        1,
+        "cubes of Φ shuffle per crop; 1 touches 0.5 %% of 96^3, 30 an eighth",
+        limits=COUNT,
+        applies=lambda variant, phi: phi == "shuffle",
+    )
 
     rec: str = option(
-        "l2", "reconstruction term: the paper's norm or the released code's MSE",
-        choices=("l2", "mse"), used=lambda v, c: v.restores)
+        "l2",
+        "reconstruction term: the paper's norm or the released code's MSE",
+        choices=("l2", "mse"),
+        applies=lambda variant, phi: variant.reconstructs,
+    )
     lambda_rec: float | None = option(
-        None, "λ_rec [1e-4 with l2, 1e-3 with mse]", span=LEAST_0, used=lambda v, c: v.restores,
-        fill=lambda v, c: 1e-4 if c.rec == "l2" else 1e-3)
+        None,
+        "λ_rec, the weight of reconstruction [1e-4 with l2, 1e-3 with mse]",
+        limits=POSITIVE,
+        fill=lambda variant, config: 1e-4 if config.rec == "l2" else 1e-3,
+        applies=lambda variant, phi: variant.reconstructs,
+    )
     lambda_seg: float | None = option(
-        None, "λ_seg [0.5; MRI v1, v2: 1/3 per task]", span=LEAST_0,
-        used=lambda v, c: not v.fused, fill=lambda v, c: 0.5 if v.exclusive else 1 / 3)
+        None,
+        "λ_seg, the weight of segmentation [0.5; MRI v1, v2: 1/3 per task]",
+        limits=POSITIVE,
+        fill=lambda variant, config: 0.5 if variant.one_softmax else 1 / 3,
+        applies=lambda variant, phi: not variant.fused,
+    )
     lambda_cls: float | None = option(
-        None, "λ_class of v3 [1e-3]", span=LEAST_0, fill=1e-3, used=lambda v, c: v.tumor)
+        None,
+        "λ_class, the weight of T (v3, v5) [1e-3]",
+        limits=POSITIVE,
+        fill=1e-3,
+        applies=lambda variant, phi: variant.tumor,
+    )
     lambda_org: float | None = option(
-        None, "λ_org of v5 [0.1]", span=LEAST_0, fill=0.1, used=lambda v, c: bool(v.organs))
+        None,
+        "λ_org, the weight of the organs (v5) [0.1]",
+        limits=POSITIVE,
+        fill=0.1,
+        applies=lambda variant, phi: bool(variant.organ_branch),
+    )
     class_label: str = option(
-        "crop", "what T learns: the crop, or its study, has a lesion", choices=("crop", "volume"),
-        used=lambda v, c: v.tumor)
+        "crop",
+        "what T learns to find a lesion in: the crop or its whole study",
+        choices=("crop", "volume"),
+        applies=lambda variant, phi: variant.tumor,
+    )
 
-    data: str | None = option(
-        None, "folder of studies; without it a simulated cohort is made", launch=True)
-    kind: str | None = option(None, "")  # petct or mri, found from the data: no flag
+    data: str | None = option(None, "folder of studies; without it a simulated cohort is made")
+    kind: str | None = option(None, "")  # petct or mri; found in the data, so it has no flag
     organs: str | None = option(
-        None, "v5: folder of organ maps; else ORGANS.nii.gz in a study's folder, or organsTr",
-        launch=True, used=lambda v, c: bool(v.organs))
-    organ_names: tuple[str, ...] = option((), "")  # found from the maps
+        None,
+        "folder of organ maps, named like the studies of autoPET III (v5)",
+        applies=lambda variant, phi: bool(variant.organ_branch),
+    )
+    organ_names: tuple[str, ...] = option((), "")  # found in the maps
     spacing: tuple[float, ...] | None = option(
-        None, "voxel size in mm; one or three", lengths=(1, 3), span=(0.01, 100),
-        fill=by_data((2.0, 2.0, 3.0), (1.0, 1.0, 1.0), (5.0, 5.0, 6.0)))
+        None,
+        "voxel size in mm, one or three",
+        lengths=(1, 3),
+        limits=(0.01, 100),
+        fill=ByData((2.0, 2.0, 3.0), (1.0, 1.0, 1.0), (5.0, 5.0, 6.0)),
+    )
     patch: tuple[int, ...] | None = option(
-        None, "sides of a crop, divisible by 16; one or three", lengths=(1, 3), span=(1, 4096),
-        multiple=STRIDE, fill=by_data((96, 96, 96), (224, 224, 144), (48, 48, 48)))
-    lesion_p: float | None = option(
-        None, "probability that a lesion voxel is a crop's centre [2/3]", span=SHARE, fill=2 / 3)
+        None,
+        f"sides of a crop in voxels, one or three, divisible by {STRIDE}",
+        lengths=(1, 3),
+        limits=(1, 4096),
+        fill=ByData((96, 96, 96), (224, 224, 144), (48, 48, 48)),
+    )
+    lesion_p: float = option(
+        2 / 3, "probability that the centre of a crop is a lesion voxel", limits=SHARE
+    )
     crops: int | None = option(
-        None, "crops per study and epoch", span=LEAST_1, fill=by_data(4, 1, 4))
+        None, "crops per study and epoch", limits=POSITIVE_COUNT, fill=ByData(4, 1, 4)
+    )
     folds: int | None = option(
-        None, "the data are split into this many folds by patient", fill=by_data(5, 5, 3))
-    fold: int = option(0, "the fold that is the test part")
-    split_seed: int = option(0, "seed of the split", span=SEEDS)
-    splits: str | None = option(None, "JSON with train, val, test, instead of folds")
+        None,
+        "number of parts into which the patients are split",
+        limits=POSITIVE_COUNT,
+        fill=ByData(5, 5, 3),
+    )
+    fold: int = option(0, "fold that is the test part")
+    split_seed: int = option(0, "seed of the split", limits=SEEDS)
+    splits: str | None = option(None, "JSON file with train, val and test in place of folds")
     channels: tuple[str, ...] = option(
-        (), "which channel is which, if their names do not tell: ct=0 pet=1", launch=True)
+        (), "number of each channel, such as ct=0 pet=1, if the names do not tell"
+    )
     lesion_labels: tuple[int, ...] = option(
-        (), "values of the masks that are lesions, if the labels' names do not tell",
-        span=LEAST_1, launch=True)
-    allow: tuple[str, ...] = option(
-        (), "findings of the input check that may pass, as they are named there",
-        choices=ALLOWABLE, launch=True)
-    cache: str = option("cache", "folder of the preprocessed studies", launch=True)
-    check: bool = option(False, "read and check all files again", launch=True)
-    skip_bad: bool = option(False, "leave out studies that fail the input check", launch=True)
+        (), "values of the masks that are lesions, if the names do not tell", limits=POSITIVE_COUNT
+    )
+    cache: str = option("cache", "folder of the preprocessed studies")
+    check: bool = option(False, "read and check all files again")
+    skip_bad: bool = option(False, "leave out studies that fail the input check")
 
-    out: str | None = option(
-        None, "run folder; default runs/<version>-L<layers>, numbered", launch=True)
+    out: str | None = option(None, "run folder [runs/<version>-L<layers>, numbered]")
     resume: bool = option(
-        False, "go on with the run in --out (or start it), also to more --epochs", launch=True)
+        False, "continue the run in --out, also to more --epochs; start it if there is none"
+    )
     epochs: int | None = option(
-        None, "passes over the training studies", span=LEAST_1, launch=True,
-        fill=by_data(400, 400, 10))
-    steps: int | None = option(None, "steps per epoch [all crops once]", span=LEAST_1)
+        None, "passes over the training studies", limits=POSITIVE_COUNT, fill=ByData(400, 400, 10)
+    )
+    steps: int | None = option(None, "steps per epoch [all crops once]", limits=POSITIVE_COUNT)
     batch_size: int | None = option(
-        None, "crops per step, over all devices", span=LEAST_1, fill=by_data(4, 4, 2))
-    recipe: str = option(
-        "matched", "of a compared system: Mirror U-Net's or its own", choices=("matched", "own"))
-    optimizer: str | None = option(
-        None, "Adam or SGD with Nesterov momentum 0.99 [adam]", choices=("adam", "sgd"),
-        fill="adam")
-    lr: float | None = option(None, "learning rate [1e-3]", span=LEAST_0, fill=1e-3)
-    schedule: str | None = option(
-        None, "of lr: a tenth from --lr-drop on, polynomial 0.9, cosine, or 0.985 per epoch [step]",
-        choices=("step", "poly", "cosine", "exp"), fill="step")
+        None, "crops per step, over all devices", limits=POSITIVE_COUNT, fill=ByData(4, 4, 2)
+    )
+    lr: float = option(1e-3, "learning rate", limits=POSITIVE)
     lr_drop: int | None = option(
-        None, "lr is a tenth after this epoch; 0: never", span=LEAST_0, fill=by_data(250, 250, 8))
-    weight_decay: float | None = option(None, "weight decay [1e-6]", span=LEAST_0, fill=1e-6)
-    clip: float | None = option(None, "largest gradient norm; 0: any [0]", span=LEAST_0, fill=0.0)
-    select: str = option(
-        "dice", "what chooses best.pt on the validation part: Dice, or the mean of it and of empty "
-        "masks in healthy studies", choices=("dice", "healthy"))
-    seed: int = option(0, "seed of weights, crops, Φ and dropout", span=SEEDS)
+        None,
+        "epoch after which the learning rate is a tenth; 0 for never",
+        limits=COUNT,
+        fill=ByData(250, 250, 8),
+    )
+    weight_decay: float = option(1e-6, "weight decay", limits=POSITIVE)
+    seed: int = option(0, "seed of weights, crops, Φ and dropout", limits=SEEDS)
     val_every: int | None = option(
-        None, "validate every so many epochs", span=LEAST_1, fill=by_data(5, 5, 2))
+        None, "epochs from one validation to the next", limits=POSITIVE_COUNT, fill=ByData(5, 5, 2)
+    )
 
-    overlap: float | None = option(
-        None, "overlap of inference windows [0.25]", span=(0, 0.99), fill=0.25)
-    window_weights: str | None = option(
-        None, "weights inside a window [constant]", choices=("constant", "gaussian"),
-        fill="constant")
-    window_batch: int = option(4, "inference windows at once", span=LEAST_1, launch=True)
+    overlap: float = option(0.25, "overlap of inference windows", limits=(0, 0.99))
+    window_weights: str = option(
+        "constant", "weights inside an inference window", choices=("constant", "gaussian")
+    )
+    window_batch: int = option(4, "inference windows at once", limits=POSITIVE_COUNT)
 
     amp: str = option(
-        "auto", "mixed precision [bf16 on CUDA, none elsewhere]",
-        choices=("auto", "none", "bf16", "fp16"))
-    compile: bool = option(False, "torch.compile the network", launch=True)
-    device: str = option("auto", "device", choices=("auto", "cpu", "cuda", "mps"), launch=True)
-    threads: int = option(0, "CPU threads of torch; 0: as torch chooses", span=LEAST_0, launch=True)
-    workers: int = option(
-        2, "threads that read crops, and that preprocess", span=LEAST_0, launch=True)
-# fmt: on
+        "auto",
+        "mixed precision; auto is bf16 on CUDA, none elsewhere",
+        choices=("auto", "none", "bf16", "fp16"),
+    )
+    compile: bool = option(False, "compile the network with torch.compile")
+    device: str = option("auto", "device", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int = option(0, "CPU threads of torch; 0: as torch chooses", limits=COUNT)
+    workers: int = option(2, "threads that read crops, and that preprocess", limits=COUNT)
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
-# What a launch decides and the weights do not depend on. All the rest must stay the same when a run
-# goes on; `epochs` may grow. `data` may have moved: the splits name the studies.
-LAUNCH = {name for name, f in OPTIONS.items() if f.metadata.get("launch")}
+
+# What a launch decides and the weights do not depend on. All other options stay the same when a run
+# is resumed; `epochs` may grow, and `data` may have moved, since the splits name the studies.
+LAUNCH_OPTIONS = {
+    "data",
+    "organs",
+    "channels",
+    "lesion_labels",
+    "cache",
+    "check",
+    "skip_bad",
+    "out",
+    "resume",
+    "epochs",
+    "window_batch",
+    "compile",
+    "device",
+    "threads",
+    "workers",
+}
+
+GROUPS = {  # headings of -h, by the first option below each
+    "version": "task",
+    "rec": "losses",
+    "data": "data",
+    "out": "training",
+    "overlap": "inference",
+    "amp": "machine",
+}
 
 
 def flag_of(name: str) -> str:
@@ -209,115 +319,140 @@ def flag_of(name: str) -> str:
 
 def mirror_version(config: Config) -> str:
     """The version of Mirror U-Net behind a name: v3 for v3_ct_only."""
-    return ONE_MODALITY.get(config.version, (config.version, None))[0]
+    one_modality = ONE_MODALITY.get(config.version)
+    return one_modality.version if one_modality else config.version
 
 
-def system_of(config: Config) -> Row | None:
+def system_of(config: Config) -> SystemRow | None:
     """The row of a compared system, None for Mirror U-Net."""
     return SYSTEMS.get(config.version)
 
 
-def tasks(config: Config, kind: str) -> Variant:
-    """The tasks of the config's version, a compared system's being the mask. Raises UserError."""
+def variant_for(config: Config, kind: str) -> Variant:
+    """The tasks of the config's version; a compared system's is the mask. Raises UserError."""
     if system_of(config):
         return Variant(pet=MASKS[kind])
     try:
-        return variant_of(kind, mirror_version(config))
+        return find_variant(kind, mirror_version(config))
     except ValueError as error:
         others = ", ".join((*ONE_MODALITY, *SYSTEMS))
         raise UserError(f"--version: {error}; or a compared system: {others}.") from None
 
 
-def title(config: Config) -> str:
+def describe_run(config: Config) -> str:
     """What is trained, in words."""
     if system_of(config):
-        return f"{config.version}, {config.recipe} recipe"
+        return config.version
     layers = ", ".join(map(str, config.shared))
-    features = BOTTLENECKS[config.bottleneck]
-    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{features}"
+    joint = ", joint bottleneck (0.26 M more)" if config.bottleneck == "joint" else ""
+    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{joint}"
 
 
-def reads(config: Config, kind: str) -> dict[str, bool]:
-    """Whether the config's version reads each option."""
-    variant, system = tasks(config, kind), system_of(config)
+def applicable_options(config: Config, kind: str) -> dict[str, bool]:
+    """Whether each option applies to the config's version."""
+    variant = variant_for(config, kind)
+    system = system_of(config)
+    phi = (config.phi or variant.phi) if variant.takes_phi else "none"
 
-    def read(name: str, used) -> bool:
-        return used is None or (name in system.reads if system else used(variant, config))
-
-    return {name: read(name, f.metadata.get("used")) for name, f in OPTIONS.items()}
+    applicable = {}
+    for name, f in OPTIONS.items():
+        applies = f.metadata.get("applies")
+        if applies and system:
+            applicable[name] = name in system.options
+        else:
+            applicable[name] = applies is None or applies(variant, phi)
+    return applicable
 
 
 # ------------------------------------------------------------------ settling a config
 
 
-def resolve(config: Config, kind: str, phantom: bool) -> Config:
-    """Fill the Nones for this kind of data and reject what does not fit. Raises UserError."""
+def resolve(config: Config, kind: str, simulated: bool) -> Config:
+    """The config with a value for every option that applies to its version and data.
+
+    kind: petct or mri. simulated: the data are the phantom, which has defaults of its own. Raises
+    UserError for options that do not apply or do not fit each other.
+    """
     if config.kind not in (None, kind):
-        what = f"{DATA_NAMES[kind]} studies, the run was made for {DATA_NAMES[config.kind]}"
-        raise UserError(f"--data: holds {what}. Give data of that kind.")
-    variant, system = tasks(config, kind), system_of(config)
-    if config.recipe == "own" and not (system and system.own):
-        raise UserError(f"--recipe own: none is known for {config.version}. Leave it out.")
-    own = system.own if config.recipe == "own" else {}
-    modality = ONE_MODALITY.get(config.version, (None, config.modality))[1]
-    if variant.organs and config.ct != "own":
-        raise UserError(f"--ct other: {config.version} learns the organs of the own CT. Leave it.")
-    if config.modality not in ("both", modality):
-        raise UserError(f"--modality {config.modality}: {config.version} is {modality} alone.")
-    values = {}
-    for name, used in reads(config, kind).items():
-        rule, given = OPTIONS[name].metadata, getattr(config, name)
-        if not used:
-            idle = rule.get("idle", OPTIONS[name].default)
-            if given not in (OPTIONS[name].default, idle):
-                what = f"{flag_of(name)} has no effect on {config.version} here"
-                raise UserError(f"{what}. Leave it out.")
-            values[name] = idle
-        elif given is None:
-            fill = own.get(name, rule.get("fill"))
-            fill = fill["phantom" if phantom else kind] if isinstance(fill, dict) else fill
+        kinds = f"{DATA_NAMES[kind]} studies, the run was made for {DATA_NAMES[config.kind]}"
+        raise UserError(f"--data: holds {kinds}. Give data of that kind.")
+
+    version = config.version
+    variant = variant_for(config, kind)
+    if variant.organ_branch and config.ct != "own":
+        raise UserError(f"--ct {config.ct}: {version} learns organs of the own CT. Leave it out.")
+
+    # v3_ct_only and v3_pet_only settle the modality by their name.
+    if version in ONE_MODALITY:
+        only = ONE_MODALITY[version].modality
+        if config.modality not in ("both", only):
+            raise UserError(f"--modality {config.modality}: {version} is {only}. Leave it out.")
+        config = replace(config, modality=only)
+
+    values = {"kind": kind}
+    for name, applies in applicable_options(config, kind).items():
+        value = getattr(config, name)
+        default = OPTIONS[name].default
+        fill = OPTIONS[name].metadata.get("fill")
+
+        # What does not apply keeps its default, so that equal runs have equal configs.
+        if not applies:
+            unused = "none" if name == "phi" else default  # Φ has a word for "not at all"
+            if value not in (default, unused):
+                raise UserError(f"{flag_of(name)} has no effect on {version} here. Leave it out.")
+            values[name] = unused
+        elif value is None and fill:
+            if isinstance(fill, ByData):
+                fill = getattr(fill, "phantom" if simulated else kind)
             values[name] = fill(variant, config) if callable(fill) else fill
-    config = check(replace(config, **values | {"kind": kind, "modality": modality}))
+
+    config = check_options(replace(config, **values))
     if config.phi == "shuffle" and config.shuffle_edge > min(config.patch):
         raise UserError(f"--shuffle-edge {config.shuffle_edge} exceeds a side of {config.patch}.")
     return config
 
 
-def check(config: Config) -> Config:
-    """Every option against its rule; sides are made three, L is sorted. Raises UserError with the
-    flag, the value and what is allowed."""
+def check_options(config: Config) -> Config:
+    """Check every option against its rule; sort L and make three sides of one.
+
+    Raises UserError with the flag, the value and what is allowed.
+    """
     values = {"shared": tuple(sorted(set(config.shared)))}
     for name, f in OPTIONS.items():
-        value, rule = getattr(config, name), f.metadata
-        if value is None:
+        value = getattr(config, name)
+        if value is None:  # resolve() fills it in
             continue
-        many = value if isinstance(value, tuple) else (value,)
-        wrong = [broken(v, rule) for v in many if broken(v, rule)]
-        if len(many) not in (lengths := rule.get("lengths", (len(many),))):
-            wrong = [f"give {' or '.join(map(str, lengths))} numbers"]
-        if wrong:
-            raise UserError(f"{flag_of(name)} {value or repr(value)}: {wrong[0]}.")
+        items = value if isinstance(value, tuple) else (value,)
+        lengths = f.metadata.get("lengths", (len(items),))
+
+        violations = [rule_violation(item, f.metadata) for item in items]
+        if len(items) not in lengths:
+            violations = [f"give {' or '.join(map(str, lengths))} numbers"]
+        if name == "patch" and any(side % STRIDE for side in items):
+            violations.append(f"every side must divide by {STRIDE}")
+        for violation in filter(None, violations):
+            raise UserError(f"{flag_of(name)} {value or repr(value)}: {violation}.")
+
         if lengths == (1, 3):
-            values[name] = many * (3 // len(many))
+            values[name] = items * (3 // len(items))
     return replace(config, **values)
 
 
-def broken(value, rule: dict) -> str:
-    """Which part of its rule a value breaks, in words; empty if none."""
+def rule_violation(value, rule: dict) -> str:
+    """What a word or number breaks of its option's rule, in words; empty if nothing."""
+    choices = rule.get("choices", ())
     if value == "":
         return "an empty string is no value. Give one, or leave the option out"
-    if "choices" in rule and value not in rule["choices"]:
-        return f"choose from {', '.join(rule['choices'])}"
-    words = rule.get("words", ())
-    if "span" in rule and value not in words:
-        low, high = rule["span"]
-        if isinstance(value, int) and value > MOST and high == math.inf:
-            high = MOST
+    if value in choices:
+        return ""
+    if "limits" in rule:
+        low, high = rule["limits"]
+        # NaN compares with nothing, so that it fails as well.
         if isinstance(value, str) or not (low <= value <= high and value < math.inf):
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            return " or ".join((f"a number, {span}", *words))
-    if "multiple" in rule and value % rule["multiple"]:
-        return f"every side must divide by {rule['multiple']}"
+            return " or ".join((f"a number, {span}", *choices))
+    elif choices:
+        return f"choose from {', '.join(choices)}"
     return ""
 
 
@@ -325,104 +460,151 @@ def broken(value, rule: dict) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, names=OPTIONS) -> None:
-    """A flag per field of Config (or of `names`), in groups; unset flags leave no attribute."""
+    """A flag per field of Config (or of `names`), in groups; flags not given leave no attribute."""
     for name, f in OPTIONS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
         if name in names and f.metadata["help"]:
-            group.add_argument(flag_of(name), default=argparse.SUPPRESS, **as_flag(name))
+            group.add_argument(flag_of(name), default=argparse.SUPPRESS, **argparse_keywords(name))
 
 
-def as_flag(name: str) -> dict:
-    """What argparse is told of an option: its type and number of values by its annotation."""
+def argparse_keywords(name: str) -> dict:
+    """An option's type, number of values and help for add_argument, by its annotation and rule."""
     f = OPTIONS[name]
-    rule, told = f.metadata, {"help": f.metadata["help"]}
+    rule = f.metadata
     if f.type == "bool":
-        return told | {"action": "store_true"}
-    kind = {"int": int, "float": float, "str": str}[re.search("int|float|str", f.type).group()]
+        return {"help": rule["help"], "action": "store_true"}
 
-    def number_or_word(text: str):
-        return text if text in rule["words"] else kind(text)
+    keywords = {"help": rule["help"], "type": value_type(f.type), "metavar": ""}
 
-    number_or_word.__name__ = " or ".join(("number", *rule.get("words", ())))  # as argparse says
-    told |= {"type": number_or_word if "words" in rule else kind, "choices": rule.get("choices")}
-    told["metavar"] = None if told["choices"] else ""
-    if f.type.startswith("tuple"):
-        told["nargs"] = "+" if "lengths" in rule else "*"
+    # The help ends with the default; where that depends on the version, its text says so.
+    fill = rule.get("fill")
     if f.default is not None:
-        told["help"] += f" [{in_words(f.default)}]"
-    elif isinstance(fill := rule.get("fill"), dict):
-        told["help"] += f" [{'; '.join(f'{k} {in_words(v)}' for k, v in fill.items())}]"
-    return told
+        keywords["help"] += f" [{format_value(f.default)}]"
+    elif isinstance(fill, ByData):
+        defaults = [f"{kind} {format_value(value)}" for kind, value in fill._asdict().items()]
+        keywords["help"] += f" [{'; '.join(defaults)}]"
+
+    if "choices" in rule and "limits" not in rule:
+        keywords["choices"] = rule["choices"]
+        keywords["metavar"] = None
+    if f.type.startswith("tuple"):
+        keywords["nargs"] = "+" if "lengths" in rule else "*"
+    return keywords
 
 
-def versions_in_words() -> str:
-    """Every name that --version takes."""
-    lines = [f"{DATA_NAMES[kind]}: {' '.join(rows)}" for kind, rows in VARIANTS.items()]
-    lines += [f"one modality: {' '.join(ONE_MODALITY)}", f"compared systems: {' '.join(SYSTEMS)}"]
-    return "--version\n" + "\n".join(f"  {line}" for line in lines)
+def value_type(annotation: str):
+    """The function that reads a word of the command line into an option of this type."""
+    if "float | str" in annotation:
+        return number_or_word
+    for kind in (int, float):
+        if kind.__name__ in annotation:
+            return kind
+    return str
 
 
-def as_options(args: argparse.Namespace, names=OPTIONS) -> dict:
-    """The options among parsed arguments, lists as tuples."""
-    given = {name: value for name, value in vars(args).items() if name in names}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+def number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # check_options() knows which words are allowed
 
 
-def read_settings(words: list[str]) -> dict:
+def list_versions() -> str:
+    """Every name that --version takes, as the end of -h shows them."""
+    lines = ["--version"]
+    for kind, variants in VARIANTS.items():
+        lines.append(f"  {DATA_NAMES[kind]}: {' '.join(variants)}")
+    lines.append(f"  one modality: {' '.join(ONE_MODALITY)}")
+    lines.append(f"  compared systems: {' '.join(SYSTEMS)}")
+    return "\n".join(lines)
+
+
+def options_from_args(args: argparse.Namespace, names=OPTIONS) -> dict:
+    """The options among parsed arguments, with lists as tuples."""
+    given = {}
+    for name, value in vars(args).items():
+        if name in names:
+            given[name] = as_tuple(value)
+    return given
+
+
+def as_tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_settings(words: list[str]) -> dict:
     """Options from words such as spacing=4,4,6. Raises UserError."""
-    parser, line = Parser(), []
+    line = []
+    for word in words:
+        name, _, value = word.partition("=")
+        line.append(flag_of(name))
+        if value:  # `shared=` is the empty L
+            line.extend(value.split(","))
+
+    parser = Parser()
     add_flags(parser)
-    for name, _, value in (word.partition("=") for word in words):
-        line += [flag_of(name), *filter(None, value.split(","))]  # shared= is the empty L
-    given = as_options(parser.parse_args(line))
-    settled = check(replace(Config(), **given))
-    return {name: getattr(settled, name) for name in given}
+    given = options_from_args(parser.parse_args(line))
+    checked = check_options(replace(Config(), **given))
+    return {name: getattr(checked, name) for name in given}
 
 
 # ------------------------------------------------------------------ saved, and compared
 
 
-def plain(config: Config, weights_only: bool = False) -> dict:
-    """The config in plain types; weights_only leaves out all that a launch decides (LAUNCH)."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    left_out = LAUNCH if weights_only else {"resume", "check"}
-    return {k: v for k, v in values.items() if k not in left_out}
+def to_dict(config: Config, weights_only: bool = False) -> dict:
+    """The config in plain types; weights_only leaves out LAUNCH_OPTIONS."""
+    left_out = LAUNCH_OPTIONS if weights_only else {"resume", "check"}
+    values = {}
+    for name, value in asdict(config).items():
+        if name not in left_out:
+            values[name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
-def as_config(saved: dict) -> Config:
-    """A checked Config from a saved dict. Raises UserError for an option that this version does not
-    know, or whose type or value is not allowed."""
-    if unknown := sorted(set(saved) - set(OPTIONS)):
-        remedy = "use the code that made the run"
-        raise UserError(f"saved options {unknown} are unknown here: {remedy}.")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    for name, value in values.items():  # check() sees to the numbers in a tuple
-        kinds = re.sub(r"\[.*?\]", "", OPTIONS[name].type).replace("float", "float | int")
-        if type(value).__name__.removesuffix("Type") not in kinds.split(" | "):
-            raise UserError(f"saved option {name} is no {OPTIONS[name].type}. Restore it.")
-    return check(Config(**values))
+def from_dict(saved: dict) -> Config:
+    """A checked Config from a saved dict.
 
-
-# What does not part two runs: the launch, the device's precision, and what repeats a comparison.
-REPEATS = (LAUNCH - {"epochs"}) | {"amp", "seed", "fold", "splits", "version", "recipe", "kind"}
-
-
-def key_of(config: Config) -> dict:
-    """The one rule of sameness: runs of equal keys may stand in one table or be averaged.
-
-    The key of a resolved config holds the kind of data (the phantom is one) and the options, the
-    budget among them, that differ from the defaults of its own version, recipe and data.
+    Raises UserError for an option that is not known here, or whose type or value is not allowed.
     """
-    phantom = config.data is None
-    usual = resolve(Config(version=config.version, recipe=config.recipe), config.kind, phantom)
-    own = {n: getattr(config, n) for n in OPTIONS if n not in REPEATS}
-    differ = {name: value for name, value in own.items() if value != getattr(usual, name)}
-    return {"data": "phantom" if phantom else config.kind} | differ
+    unknown = sorted(set(saved) - set(OPTIONS))
+    if unknown:
+        raise UserError(f"saved options {unknown} are unknown here: use the code of the run.")
+
+    values = {}
+    for name, value in saved.items():
+        values[name] = as_tuple(value)
+        # "tuple[int, ...] | None" allows tuple and None; check_options() sees to what it holds.
+        allowed = re.sub(r"\[.*?\]", "", OPTIONS[name].type).replace("float", "float | int")
+        if type(values[name]).__name__.removesuffix("Type") not in allowed.split(" | "):
+            raise UserError(f"saved option {name} is no {OPTIONS[name].type}. Restore it.")
+    return check_options(Config(**values))
 
 
-def in_words(value) -> str:
-    """An option's value as tables and names show it: L as "4 5 6", none if empty."""
+# What does not set two runs apart: the launch, the device's precision, and what repeats a run.
+NOT_COMPARED = (LAUNCH_OPTIONS - {"epochs"}) | {"amp", "seed", "fold", "splits", "version", "kind"}
+
+
+def comparison_key(config: Config) -> dict:
+    """The one rule of sameness: runs of equal keys may share a table or be averaged.
+
+    config is resolved. The key holds the kind of data (the phantom is one) and the options, the
+    budget among them, that differ from the defaults of its own version and data.
+    """
+    simulated = config.data is None
+    defaults = resolve(Config(version=config.version), config.kind, simulated)
+    key = {"data": "phantom" if simulated else config.kind}
+    for name in OPTIONS:
+        value = getattr(config, name)
+        if name not in NOT_COMPARED and value != getattr(defaults, name):
+            key[name] = value
+    return key
+
+
+def format_value(value) -> str:
+    """An option's value as tables and names show it: L as "4 5 6", or "none" if empty."""
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value)) or "none"
-    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,9 +1,9 @@
 """From cached studies to a batch: training crops, and Φ of Eq. 1.
 
-Patches                     crops drawn as a pure function of (seed, epoch, index)
-lend_ct                     studies with the CT of another patient
-Schedule, Loader            batches of an epoch, read ahead
-add_noise, shuffle_voxels   Φ, on the device
+Patches                         crops drawn as a pure function of (seed, epoch, index)
+with_swapped_ct                 studies with the CT of another patient
+Schedule, Loader                batches of an epoch, read ahead
+select_modality, transform_ct   what the network is given of a batch, on the device
 """
 
 from collections import deque
@@ -18,46 +18,68 @@ import torch
 from torch import Tensor
 
 from cache import Case
-from files import UserError
-from losses import UNKNOWN
+from common import UserError
+from losses import UNKNOWN_ORGANS
 
-# Label maps of a batch, and the cached arrays that they are cut from.
-LABELS = {"mask": "label", "organs": "organs"}
+Shape = tuple[int, int, int]
+Crop = tuple[slice, slice, slice]  # may reach beyond a volume
 
 # ------------------------------------------------------------------ crops
 
 
-def draw_crop(case: Case, patch: tuple[int, int, int], lesion_p: float, rng) -> tuple[slice, ...]:
+def draw_crop(case: Case, patch: Shape, lesion_p: float, rng) -> Crop:
     """Slices of one crop, which may reach beyond a volume smaller than the patch.
 
-    With probability `lesion_p` (Sec. 3.4: 2/3) a lesion voxel is at the centre, else any voxel
-    is; without lesion always any voxel. Where that would leave the volume, the crop is moved in.
+    With probability `lesion_p` (Sec. 3.4: 2/3) a lesion voxel is at the centre, else any voxel is;
+    in a study without a lesion always any voxel. Where that would leave the volume, the crop is
+    moved in.
     """
-    shape = case.meta["shape"]
+    shape = case.meta.shape
     lesion_drawn = rng.random() < lesion_p
-    if lesion_drawn and case.has_lesion and len(lesions := case.load("lesion")):
-        centre = np.unravel_index(int(lesions[rng.integers(len(lesions))]), shape)
+    lesion = case.load("lesion") if lesion_drawn and case.has_lesion else ()
+
+    if len(lesion):  # a small one may be lost in resampling
+        voxel = lesion[rng.integers(len(lesion))]
+        centre = np.unravel_index(int(voxel), shape)
     else:
-        centre = [rng.integers(n) for n in shape]
+        centre = [rng.integers(side) for side in shape]
     return place_crop(centre, patch, shape)
 
 
-def place_crop(centre, patch, shape) -> tuple[slice, ...]:
+def place_crop(centre, patch, shape) -> Crop:
     """Slices of a crop around the voxel `centre`, moved into the volume if it is large enough."""
     crop = []
-    for c, p, n in zip(centre, patch, shape, strict=True):
-        start = min(max(int(c) - p // 2, 0), n - p) if n >= p else -((p - n) // 2)
-        crop.append(slice(start, start + p))
+    for middle, length, side in zip(centre, patch, shape, strict=True):
+        if side >= length:
+            start = int(middle) - length // 2
+            start = min(max(start, 0), side - length)
+        else:
+            start = -((length - side) // 2)
+        crop.append(slice(start, start + length))
     return tuple(crop)
 
 
-def read_crop(array: np.ndarray, crop: tuple[slice, ...], out: np.ndarray) -> None:
+def shift(cut: slice, offset: int) -> slice:
+    return slice(cut.start + offset, cut.stop + offset)
+
+
+def overlap(crop: Crop, shape) -> tuple[Crop, Crop]:
+    """The part of a crop inside a volume: its slices in the volume, and in the crop itself."""
+    inside = []
+    place = []
+    for cut, side in zip(crop, shape, strict=True):
+        start = min(max(cut.start, 0), side)
+        stop = min(max(cut.stop, 0), side)
+        inside.append(slice(start, stop))
+        place.append(shift(inside[-1], -cut.start))
+    return tuple(inside), tuple(place)
+
+
+def read_crop(array: np.ndarray, crop: Crop, out: np.ndarray) -> None:
     """array[..., crop] of a (mapped) array into `out`, zeros beyond its borders; reads no more."""
-    shape = array.shape[-3:]
-    inside = tuple(slice(max(s.start, 0), min(s.stop, n)) for s, n in zip(crop, shape, strict=True))
+    inside, place = overlap(crop, array.shape[-3:])
     if crop != inside:
         out[:] = 0
-    place = (slice(i.start - s.start, i.stop - s.start) for s, i in zip(crop, inside, strict=True))
     out[(..., *place)] = array[(..., *inside)]
 
 
@@ -71,99 +93,151 @@ class Patches:
 
     Every study is visited once before any is visited again. An item holds image float16
     (2, W, H, D), CT first; mask uint8 (W, H, D); tumor, 1.0 if the crop (or, by
-    class_label="volume", the study) has a lesion. By ct="other" the CT is that of another patient.
-    organs: it holds them too, like the mask, UNKNOWN throughout where a study has no map.
+    class_label="volume", the study) has a lesion. organs: an item holds them too, like the mask,
+    UNKNOWN_ORGANS throughout where a study has no map.
     """
 
     def __init__(
-        self, cases, patch, seed: int, lesion_p=2 / 3, class_label="crop", ct="own", organs=False
+        self,
+        cases: list[Case],
+        patch: Shape,
+        seed: int,
+        lesion_p: float = 2 / 3,
+        class_label: str = "crop",
+        organs: bool = False,
     ):
-        self.cases, self.patch, self.seed = cases, tuple(patch), seed
-        self.lesion_p, self.class_label, self.ct = lesion_p, class_label, ct
-        self.labels = LABELS if organs else {"mask": LABELS["mask"]}
+        self.cases = cases
+        self.patch = tuple(patch)
+        self.seed = seed
+        self.lesion_p = lesion_p
+        self.class_label = class_label
+        self.organs = organs
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return {name: tensor[0] for name, tensor in self.batch([key]).items()}
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        batch = self.batch([key])
+        return {name: tensor[0] for name, tensor in batch.items()}
 
-    def batch(self, keys: list[tuple[int, int]], pinned: bool = False) -> dict:
+    def batch(self, keys: list[tuple[int, int]], pinned: bool = False) -> dict[str, Tensor]:
         """The items of `keys`, stacked; in page-locked memory, which a GPU reads faster, if pinned.
         Each voxel is copied once, from the cache to its place in the batch."""
         new = partial(torch.empty, pin_memory=pinned)
-        batch = {"image": new((len(keys), 2, *self.patch), dtype=torch.float16)}
-        for name in self.labels:
-            batch[name] = new((len(keys), *self.patch), dtype=torch.uint8)
+        shape = (len(keys), *self.patch)
+        batch = {
+            "image": new((len(keys), 2, *self.patch), dtype=torch.float16),
+            "mask": new(shape, dtype=torch.uint8),
+        }
+        if self.organs:
+            batch["organs"] = new(shape, dtype=torch.uint8)
         batch["tumor"] = new(len(keys))
+        arrays = {name: tensor.numpy() for name, tensor in batch.items()}  # the same memory
+
         for i, (epoch, index) in enumerate(keys):
-            turn, place = divmod(index, len(self.cases))
-            case = self.cases[visiting_order(self.seed, epoch, turn, len(self.cases))[place]]
-            rng = np.random.default_rng((self.seed, epoch, index, 1))
-            crop = draw_crop(case, self.patch, self.lesion_p, rng)
-            read_crop(case.load("images"), crop, batch["image"][i].numpy())
-            if self.ct == "other":
-                self.read_other_ct(case, crop, (epoch, index), batch["image"][i, :1].numpy())
-            for name, array in self.labels.items():
-                source = case.organs if name == "organs" else case
-                if source:
-                    read_crop(source.load(array), crop, batch[name][i].numpy())
-                else:
-                    batch[name][i] = UNKNOWN
-            ill = case.has_lesion if self.class_label == "volume" else batch["mask"][i].any()
-            batch["tumor"][i] = float(ill)
+            case, crop = self.draw(epoch, index)
+            mask = arrays["mask"][i]
+            read_images(case, crop, arrays["image"][i])
+            read_crop(case.load("label"), crop, mask)
+
+            if self.organs and case.organs:
+                read_crop(case.organs.load("organs"), crop, arrays["organs"][i])
+            elif self.organs:
+                arrays["organs"][i] = UNKNOWN_ORGANS
+
+            of_volume = self.class_label == "volume"
+            arrays["tumor"][i] = case.has_lesion if of_volume else mask.any()
         return batch
 
-    def read_other_ct(self, case: Case, crop, key: tuple[int, int], out: np.ndarray) -> None:
-        """The CT of a study of another patient, drawn from (seed, *key), into `out`: its crop whose
-        centre lies at the same fraction of its sides."""
-        others = [c for c in self.cases if c.patient != case.patient]
-        other = others[np.random.default_rng((self.seed, *key, 2)).integers(len(others))]
-        shape = other.meta["shape"]
-        sides = zip(crop, case.meta["shape"], shape, strict=True)
-        centre = [(s.start + s.stop) // 2 * theirs // own for s, own, theirs in sides]
-        read_crop(other.load("images")[:1], place_crop(centre, self.patch, shape), out)
+    def draw(self, epoch: int, index: int) -> tuple[Case, Crop]:
+        """The study and the crop of an item."""
+        turn, place = divmod(index, len(self.cases))
+        order = visiting_order(self.seed, epoch, turn, len(self.cases))
+        case = self.cases[order[place]]
+
+        rng = np.random.default_rng((self.seed, epoch, index, 1))
+        return case, draw_crop(case, self.patch, self.lesion_p, rng)
+
+
+# ------------------------------------------------------------------ the CT of another patient
 
 
 @dataclass(frozen=True)
-class Borrower(Case):
+class SwappedCT(Case):
     """A study whose CT is that of `lender`, middle upon middle, cut or padded with zeros."""
 
     lender: Case | None = None
 
     def load(self, array: str) -> np.ndarray:
-        found = super().load(array)
-        if array == "images":
-            found, ct = np.array(found), self.lender.load(array)[:1]
-            middle = [n // 2 for n in ct.shape[1:]]
-            read_crop(ct, place_crop(middle, found.shape[1:], ct.shape[1:]), found[:1])
-        return found
+        """As Case.load; the images are copied."""
+        if array != "images":
+            return super().load(array)
+        images = np.empty((2, *self.meta.shape), np.float16)
+        whole = tuple(slice(0, side) for side in self.meta.shape)
+        read_images(self, whole, images)
+        return images
 
 
-def lend_ct(cases: list[Case], ct: str = "other") -> list[Case]:
+def read_images(case: Case, crop: Crop, out: np.ndarray) -> None:
+    """The crop of both images of a study into `out` (2, *patch), CT first, as read_crop does."""
+    read_crop(Case.load(case, "images"), crop, out)
+    if not isinstance(case, SwappedCT):
+        return
+
+    # Where this study's volume lies in the lender's, and in it the crop.
+    lender_ct = case.lender.load("images")[:1]
+    lender_shape = lender_ct.shape[1:]
+    middle = [side // 2 for side in lender_shape]
+    volume = place_crop(middle, case.meta.shape, lender_shape)
+    inside, place = overlap(crop, case.meta.shape)
+    shifted = []
+    for cut, origin in zip(inside, volume, strict=True):
+        shifted.append(shift(cut, origin.start))
+    ct = out[(slice(0, 1), *place)]
+    read_crop(lender_ct, tuple(shifted), ct)
+
+
+def with_swapped_ct(cases: list[Case], ct: str = "other") -> list[Case]:
     """The studies, by ct="other" with the CT of the next patient by name, the last one with that of
     the first. Raises UserError for studies of one patient."""
     if ct == "own":
         return cases
-    first = {c.patient: c for c in sorted(cases, key=lambda c: c.name, reverse=True)}
-    patients = sorted(first)
+    first_case: dict[str, Case] = {}
+    for case in sorted(cases, key=lambda case: case.name):
+        first_case.setdefault(case.patient, case)
+    patients = sorted(first_case)
     if len(patients) == 1:
         raise UserError(f"--ct other: {cases[0].name} has no other patient in its part. Add one.")
-    following = dict(zip(patients, [*patients[1:], patients[0]], strict=True))
-    return [Borrower(c.meta, c.folder, lender=first[following[c.patient]]) for c in cases]
+
+    swapped = []
+    for case in cases:
+        following = patients.index(case.patient) + 1
+        lender = first_case[patients[following % len(patients)]]
+        swapped.append(SwappedCT(case.meta, case.folder, case.organs, lender))
+    return swapped
+
+
+# ------------------------------------------------------------------ batches
 
 
 class Schedule:
-    """Batches of (epoch, index) for one of `world` processes; together they are one batch."""
+    """Batches of keys (epoch, index) for one of `world` processes, which share each batch."""
 
-    def __init__(self, steps: int, batch_size: int, rank: int = 0, world: int = 1):
-        self.steps, self.batch_size = steps, batch_size
-        self.rank, self.world, self.epoch = rank, world, 0
+    def __init__(
+        self,
+        steps: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.steps = steps
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.steps):
             first = step * self.batch_size
-            yield [(self.epoch, first + i) for i in range(self.rank, self.batch_size, self.world)]
-
-    def __len__(self) -> int:
-        return self.steps
+            share = range(first + self.rank, first + self.batch_size, self.world)
+            yield [(self.epoch, index) for index in share]
 
 
 class Loader:
@@ -173,19 +247,29 @@ class Loader:
     once more, through shared memory, and take three times as long.
     """
 
-    def __init__(self, crops: Patches, schedule: Schedule, workers: int, pinned: bool = False):
-        self.batch_sampler, self.workers = schedule, workers
-        self.read = partial(crops.batch, pinned=pinned)
+    def __init__(
+        self,
+        crops: Patches,
+        schedule: Schedule,
+        workers: int,
+        pinned: bool = False,
+    ):
+        self.crops = crops
+        self.schedule = schedule
+        self.workers = workers
+        self.pinned = pinned
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return self.schedule.steps
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if not self.workers:
-            yield from map(self.read, self.batch_sampler)
+            for keys in self.schedule:
+                yield self.crops.batch(keys, self.pinned)
             return
+
         pool = ThreadPoolExecutor(self.workers)
-        jobs = (pool.submit(self.read, keys) for keys in self.batch_sampler)
+        jobs = (pool.submit(self.crops.batch, keys, self.pinned) for keys in self.schedule)
         try:
             ahead = deque(islice(jobs, 2 * self.workers))
             while ahead:
@@ -196,7 +280,25 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------ Φ (Eq. 1)
+# ------------------------------------------------------------------ what the network is given
+
+
+def select_modality(images: Tensor, modality: str) -> Tensor:
+    """Of images (B, 2, W, H, D) both, or one in both places (CT-only and PET-only Mirror U-Net,
+    Sec. 4.2)."""
+    if modality == "both":
+        return images
+    channel = 0 if modality == "ct" else 1
+    return images[:, [channel, channel]]
+
+
+def transform_ct(ct: Tensor, config) -> Tensor:
+    """Φ(x_C) of Eq. 1, in training only."""
+    if config.phi == "noise":
+        return add_noise(ct, config.noise_sigma)
+    if config.phi == "shuffle":
+        return shuffle_voxels(ct, config.shuffle_edge, config.shuffle_count)
+    return ct
 
 
 def add_noise(ct: Tensor, sigma: float = 0.3) -> Tensor:
@@ -214,13 +316,20 @@ def shuffle_voxels(ct: Tensor, edge: int = 16, count: int = 1) -> Tensor:
     ct (B, 1, W, H, D); edge in voxels. The cubes lie at the same places across the batch; each
     sample has its own permutation. Returns a new tensor. Raises ValueError if a cube does not fit.
     """
-    if edge > min(ct.shape[2:]):
-        raise ValueError(f"--shuffle-edge {edge} exceeds a side of the patch {tuple(ct.shape[2:])}")
+    sides = ct.shape[2:]
+    if edge > min(sides):
+        raise ValueError(f"--shuffle-edge {edge} exceeds a side of the patch {tuple(sides)}")
+
     out = ct.clone()
     for _ in range(count):
-        starts = [int(torch.randint(n - edge + 1, ())) for n in ct.shape[2:]]
-        cube = out[(..., *(slice(s, s + edge) for s in starts))]
-        voxels = cube.flatten(1)
+        box = []
+        for side in sides:
+            start = int(torch.randint(side - edge + 1, ()))
+            box.append(slice(start, start + edge))
+        cube = out[(..., *box)]  # a view
+
+        voxels = cube.flatten(1)  # (B, edge³)
         order = torch.rand(voxels.shape, device=ct.device).argsort(dim=1)
-        cube.copy_(voxels.gather(1, order).view(cube.shape))
+        shuffled = voxels.gather(1, order)
+        cube.copy_(shuffled.view(cube.shape))
     return out

@@ -3,7 +3,7 @@
 Each equation is one function that returns its weighted terms by name; their sum is the loss.
 `batch` holds a step's targets by name: ct, pet (B, 1, W, H, D) untransformed; mask (B, W, H, D)
 integer; tumor (B,) float, 1 where the crop (or, with --class-label volume, the study) has a lesion;
-organs (B, W, H, D) integer, UNKNOWN throughout a crop of a study without a map.
+organs (B, W, H, D) integer, UNKNOWN_ORGANS throughout a crop of a study without a map.
 `w` holds the weights: w.lambda_rec, _seg, _cls, _org, and w.rec, "l2" or "mse".
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mirror_unet import Output
 
 Terms = dict[str, Tensor]
-UNKNOWN = 255
+UNKNOWN_ORGANS = 255
 
 
 def dice_ce(y: Tensor, logits: Tensor, smooth: float = 1e-5) -> Tensor:
@@ -24,12 +24,16 @@ def dice_ce(y: Tensor, logits: Tensor, smooth: float = 1e-5) -> Tensor:
     (a crop without lesion has no Dice of its own), with plain, not squared, denominators.
     """
     log_p = logits.float().log_softmax(dim=1)
-    p = log_p[:, 1:].exp()
-    g = torch.stack([y == k for k in range(1, logits.shape[1])], dim=1)
+    p = log_p[:, 1:].exp()  # (B, K, W, H, D)
+    foreground = [y == label for label in range(1, logits.shape[1])]
+    g = torch.stack(foreground, dim=1)  # (B, K, W, H, D)
+
     axes = (0, 2, 3, 4)
-    overlap, total = (p * g).sum(axes), p.sum(axes) + g.sum(axes)
+    overlap = (p * g).sum(axes)  # (K,)
+    total = p.sum(axes) + g.sum(axes)
     soft_dice = (2 * overlap + smooth) / (total + smooth)
-    return (1 - soft_dice).mean() + F.nll_loss(log_p, y.long())
+    cross_entropy = F.nll_loss(log_p, y.long())
+    return (1 - soft_dice).mean() + cross_entropy
 
 
 def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:
@@ -41,11 +45,12 @@ def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:
     difference = x.float() - x_hat.float()
     if rec == "mse":
         return difference.square().mean()
-    return torch.linalg.vector_norm(difference.flatten(1), dim=1).mean()
+    norms = torch.linalg.vector_norm(difference.flatten(1), dim=1)  # (B,)
+    return norms.mean()
 
 
 def tumor_bce(out: Output, batch: dict) -> Tensor:
-    """L_BCE of Eq. 3: whether there is a tumour, as T says and as it is."""
+    """L_BCE of Eq. 3 between T's logit and whether there is a tumour."""
     return F.binary_cross_entropy_with_logits(out.tumor.float(), batch["tumor"].float())
 
 
@@ -65,13 +70,16 @@ def loss_v2(out: Output, batch: dict, w) -> Terms:
 
     As in the released code E_C has seen Φ(x_C), where Eq. 2 prints x_C: one pass serves both terms.
     """
-    rec_pet = w.lambda_rec * reconstruction(batch["pet"], out.btl, w.rec)
-    return loss_v1(out, batch, w) | {"rec_pet": rec_pet}
+    terms = loss_v1(out, batch, w)
+    terms["rec_pet"] = w.lambda_rec * reconstruction(batch["pet"], out.btl, w.rec)
+    return terms
 
 
 def loss_v3(out: Output, batch: dict, w) -> Terms:
     """Eq. 3: Eq. 2 + λ_class L_BCE(c, T(E_C(x_C) ⊕ E_P(x_P)))."""
-    return loss_v2(out, batch, w) | {"cls": w.lambda_cls * tumor_bce(out, batch)}
+    terms = loss_v2(out, batch, w)
+    terms["cls"] = w.lambda_cls * tumor_bce(out, batch)
+    return terms
 
 
 def loss_v4(out: Output, batch: dict, w) -> Terms:
@@ -81,22 +89,28 @@ def loss_v4(out: Output, batch: dict, w) -> Terms:
 
 def loss_mri_v1(out: Output, batch: dict, w) -> Terms:
     """Supplement, Fig. 2 (v1): λ_seg DiceCE of edema on FLAIR and of core on T1Gd."""
+    edema = batch["mask"] == 1
+    core = batch["mask"] == 2
     return {
-        "seg_edema": w.lambda_seg * dice_ce(batch["mask"] == 1, out.ct),
-        "seg_core": w.lambda_seg * dice_ce(batch["mask"] == 2, out.pet),
+        "seg_edema": w.lambda_seg * dice_ce(edema, out.ct),
+        "seg_core": w.lambda_seg * dice_ce(core, out.pet),
     }
 
 
 def loss_mri_v2(out: Output, batch: dict, w) -> Terms:
     """Supplement, Fig. 2 (v2): v1 + λ_seg DiceCE of the whole tumour on the bottleneck decoder."""
-    whole = w.lambda_seg * dice_ce(batch["mask"] > 0, out.btl)
-    return loss_mri_v1(out, batch, w) | {"seg_whole": whole}
+    whole = batch["mask"] > 0
+    terms = loss_mri_v1(out, batch, w)
+    terms["seg_whole"] = w.lambda_seg * dice_ce(whole, out.btl)
+    return terms
 
 
 def loss_v5(out: Output, batch: dict, w) -> Terms:
-    """Not the paper's: Eq. 3 with λ_org L_DiceCE(o, D_C(E_C(x_C))) in place of CT's reconstruction,
-    over the crops of studies whose organs o are known."""
-    known = batch["organs"][:, 0, 0, 0] != UNKNOWN
+    """Not the paper's: Eq. 3 with λ_org L_DiceCE(o, D_C(E_C(x_C))) in place of CT's reconstruction.
+
+    The term runs over the crops of the studies whose organs o are known.
+    """
+    known = batch["organs"][:, 0, 0, 0] != UNKNOWN_ORGANS  # (B,)
     organs = 0 * out.ct.float().sum()  # a batch without a map teaches no organ
     if known.any():
         organs = dice_ce(batch["organs"][known], out.ct[known])
@@ -109,8 +123,18 @@ def loss_v5(out: Output, batch: dict, w) -> Terms:
 
 
 LOSSES = {
-    "petct": {"v1": loss_v1, "v2": loss_v2, "v3": loss_v3, "v4": loss_v4, "v5": loss_v5},
-    "mri": {"v1": loss_mri_v1, "v2": loss_mri_v2, "v2-rec": loss_v2},
+    "petct": {
+        "v1": loss_v1,
+        "v2": loss_v2,
+        "v3": loss_v3,
+        "v4": loss_v4,
+        "v5": loss_v5,
+    },
+    "mri": {
+        "v1": loss_mri_v1,
+        "v2": loss_mri_v2,
+        "v2-rec": loss_v2,
+    },
 }
 
 
@@ -119,9 +143,14 @@ def gradient_norms(terms: Terms, shared: list[nn.Parameter]) -> dict[str, float]
 
     Keeps the graph for the backward pass that follows. Empty if nothing is shared (L = {}).
     """
+    if not shared:
+        return {}
     norms = {}
-    for name, term in terms.items() if shared else ():
-        grads = torch.autograd.grad(term, shared, retain_graph=True, allow_unused=True)
-        squares = [g.float().square().sum() for g in grads if g is not None]
-        norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, shared, retain_graph=True, allow_unused=True)
+        squared_sums = [g.float().square().sum() for g in gradients if g is not None]
+        if squared_sums:
+            norms[name] = float(torch.stack(squared_sums).sum().sqrt())
+        else:
+            norms[name] = 0.0
     return norms

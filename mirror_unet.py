@@ -1,14 +1,17 @@
 """Mirror U-Net (Sec. 3): two residual 3D U-Nets, one per modality, joined at the shared layers L.
 
 Tensors are (B, C, W, H, D): batch, channels, voxel axes in array order. A branch is the list of
-layers 1-8 of Fig. 3 and its own output layer:
+layers 1-8 of Fig. 3 and an output layer of its own, here with number 9. Layers 1-4 halve the size,
+layers 6-9 double it. The arrows are skips, which carry a map of the encoder to the decoder, where
+it is concatenated with what comes from below:
 
-    index  1      2       3       4        5         6            7        8       output
-    layer  down   down    down    down     bottom    up           up       up      up
-    width  1->16  16->32  32->64  64->128  128->256  128+256->64  128->32  64->16  32->task
+    layer 1: 1 -> 16    ------------------------------> layer 9: 16+16 -> task
+      layer 2: 16 -> 32    -----------------------> layer 8: 32+32 -> 16
+        layer 3: 32 -> 64    ----------------> layer 7: 64+64 -> 32
+          layer 4: 64 -> 128    --------> layer 6: 128+256 -> 64
+                  layer 5, the bottom: 128 -> 256
 
-Every up layer doubles the size and starts from the concatenation of the encoder's map of that
-size and what came up. Sides of a patch must divide by 16.
+The sides of a patch must divide by 16.
 """
 
 import copy
@@ -20,15 +23,19 @@ from torch import Tensor, nn
 
 CHANNELS = (16, 32, 64, 128, 256)
 STRIDE = 16  # four layers of stride 2
+DEFAULT_THETA = 0.2  # weight of the CT branch in Eq. 4
+BOTTLENECKS = ("own", "joint")
+NORMS = ("shared", "private")
+CLASSIFIERS = ("both", "pet")
 UNIONS = {"whole": ("edema", "core")}  # classes that are made of others (Sec. 3.3)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one decoder learns: classes of a label map or, without any, an image to restore.
+    """What one decoder learns: the classes of a label map or, without any, to restore an image.
 
-    target: its name in a batch, "ct" and "pet" the images, "mask" and "organs" the label maps.
-    classes: of its softmax, the background left out; a name of UNIONS stands for all of its parts.
+    target: its name in a batch: "ct" and "pet" are images, "mask" and "organs" label maps.
+    classes: classes of its softmax without the background; a name of UNIONS stands for its parts.
     title: what tables and pictures call its output.
     """
 
@@ -41,64 +48,77 @@ class Task:
         return 1 + len(self.classes)
 
 
-CT, PET = Task("ct"), Task("pet")
+CT = Task("ct")
+PET = Task("pet")
 LESION = Task("mask", ("lesion",), "p(lesion)")
 EDEMA = Task("mask", ("edema",), "p(edema)")
 CORE = Task("mask", ("core",), "p(core)")
 WHOLE = Task("mask", ("whole",), "p(whole)")
-ORGANS = Task("organs", ("organ",), "organs")  # as many classes as the maps have: variant_of
 EDEMA_CORE = Task("mask", ("edema", "core"), "p(whole)")  # one softmax, drawn as 1 - p(background)
+ORGANS = Task("organs", ("organ",), "organs")  # find_variant puts in the classes of the organ maps
 
 
 @dataclass(frozen=True)
 class Variant:
     """Which task sits where (Fig. 2). For MRI the CT slot holds FLAIR, the PET slot T1Gd.
 
-    Branches with a task on the label map "mask" make the final mask: one alone is it, two of the
-    same classes are summed with θ (Eq. 4), two of different classes decide each for itself.
+    The branches whose target is "mask" make the final mask. A single one is the mask; two with
+    the same classes are summed with θ (Eq. 4); two with different classes decide independently.
     """
 
-    ct: Task | None = None  # of the CT branch
-    pet: Task | None = None  # of the PET branch
-    btl: Task | None = None  # of the bottleneck decoder
-    tumor: bool = False  # classifier T on the bottleneck
-    phi: str | None = None  # Φ(x_C) replaces the input of the CT branch in training: the usual one
-    join: str | None = None  # of two networks' masks (late fusion): logits, union, intersection
+    ct: Task | None = None  # task of the CT branch
+    pet: Task | None = None  # task of the PET branch
+    btl: Task | None = None  # task of the bottleneck decoder
+    tumor: bool = False  # whether the classifier T sits on the bottleneck
+    phi: str = "none"  # the usual Φ of Φ(x_C), which the CT branch is given in training
 
     @property
     def tasks(self) -> dict[str, Task]:
-        """The decoders by the name of their output."""
-        return {s: t for s in ("ct", "pet", "btl") if (t := getattr(self, s))}
+        """The task of each decoder, by the name of the decoder's output."""
+        slots = {"ct": self.ct, "pet": self.pet, "btl": self.btl}
+        return {name: task for name, task in slots.items() if task}
 
     @property
-    def mask(self) -> dict[str, Task]:
-        """The branches that make the final mask."""
-        return {s: t for s, t in self.tasks.items() if s != "btl" and t.target == "mask"}
+    def mask_tasks(self) -> dict[str, Task]:
+        """The tasks of the branches that make the final mask, CT before PET."""
+        branches = {"ct": self.ct, "pet": self.pet}
+        return {name: task for name, task in branches.items() if task and task.target == "mask"}
+
+    @property
+    def takes_phi(self) -> bool:
+        """Whether Φ applies: the CT branch has a task, and it is not the mask."""
+        return self.ct is not None and self.ct.target != "mask"
 
     @property
     def fused(self) -> bool:
-        """Both branches segment the same thing."""
-        return len(self.mask) == 2 and self.ct == self.pet
+        """Whether both branches segment the same classes, so that Eq. 4 sums their logits."""
+        return len(self.mask_tasks) == 2 and self.ct == self.pet
 
     @property
-    def exclusive(self) -> bool:
-        """The classes of the mask come from one softmax; else each from its own branch."""
-        return self.fused or len(self.mask) == 1
+    def one_softmax(self) -> bool:
+        """Whether one softmax decides all classes of the mask, not one softmax per branch."""
+        return self.fused or len(self.mask_tasks) == 1
 
     @property
-    def organs(self) -> str | None:
+    def organ_branch(self) -> str | None:
         """The branch that segments organs."""
-        return next((s for s, t in self.tasks.items() if t.target == "organs"), None)
+        for name, task in self.tasks.items():
+            if task.target == "organs":
+                return name
+        return None
 
     @property
-    def restores(self) -> bool:
-        """Some decoder reconstructs an image."""
+    def reconstructs(self) -> bool:
+        """Whether some decoder reconstructs an image."""
         return any(not task.classes for task in self.tasks.values())
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the foreground classes of the mask, in the order of their labels 1, 2, ..."""
-        return tuple(dict.fromkeys(c for task in self.mask.values() for c in task.classes))
+        names = []
+        for task in self.mask_tasks.values():
+            names.extend(task.classes)
+        return tuple(dict.fromkeys(names))
 
 
 VARIANTS = {
@@ -107,7 +127,7 @@ VARIANTS = {
         "v2": Variant(ct=CT, pet=LESION, btl=PET, phi="shuffle"),
         "v3": Variant(ct=CT, pet=LESION, btl=PET, tumor=True, phi="shuffle"),
         "v4": Variant(ct=LESION, pet=LESION),
-        "v5": Variant(ct=ORGANS, pet=LESION, btl=PET, tumor=True, phi="none"),  # not the paper's
+        "v5": Variant(ct=ORGANS, pet=LESION, btl=PET, tumor=True),  # not the paper's
     },
     "mri": {  # Sec. 3.3, Fig. 2 of the supplement
         "v1": Variant(ct=EDEMA, pet=CORE),
@@ -120,15 +140,23 @@ DATA_NAMES = {"petct": "PET/CT", "mri": "brain tumour MRI"}
 IMAGE_NAMES = {"petct": ("CT", "PET"), "mri": ("FLAIR", "T1Gd")}  # in the CT and the PET slot
 
 
-def variant_of(kind: str, version: str, organs: tuple[str, ...] = ()) -> Variant:
-    """The row of VARIANTS; organs: the names of those that the data have, in place of its own.
-    Raises ValueError with the versions that this kind of data has."""
-    if version in (rows := VARIANTS.get(kind, {})):
-        row = rows[version]
-        named = {row.organs: replace(ORGANS, classes=organs)} if row.organs and organs else {}
-        return replace(row, **named)
-    known = f"{DATA_NAMES.get(kind, kind)}: choose from {', '.join(rows or VARIANTS)}"
-    raise ValueError(f"{version} is not defined for {known}")
+def find_variant(kind: str, version: str, organs: tuple[str, ...] = ()) -> Variant:
+    """The variant of a version for a kind of data, with the names of its organs put in.
+
+    organs: names of the organs in the data's maps; they replace the classes of an organ branch.
+    Raises ValueError with the versions that this kind of data has.
+    """
+    variants = VARIANTS.get(kind, {})
+    if version not in variants:
+        choices = ", ".join(variants or VARIANTS)
+        data_name = DATA_NAMES.get(kind, kind)
+        raise ValueError(f"{version} is not defined for {data_name}: choose from {choices}")
+
+    variant = variants[version]
+    if organs and variant.organ_branch:
+        named_task = replace(ORGANS, classes=organs)
+        variant = replace(variant, **{variant.organ_branch: named_task})
+    return variant
 
 
 class Output(NamedTuple):
@@ -137,7 +165,7 @@ class Output(NamedTuple):
     seg: logits of the final mask. PET/CT (B, 2, W, H, D): background, lesion. MRI (B, 3, W, H, D):
         background, edema, core; in v1 and v2 these are 0 and each branch's foreground minus
         background, so that a class is present where its logit is above 0.
-    ct, pet, btl: what the decoders put out, by their Task: logits (B, 1 + classes, W, H, D), or an
+    ct, pet, btl: outputs of the decoders, by their Task: logits (B, 1 + classes, W, H, D), or an
         image (B, 1, W, H, D) in the units of the inputs.
     tumor: logit (B,) of T. extra: what only the loss of one system in baselines.py reads.
     """
@@ -156,10 +184,10 @@ class Network(nn.Module):
     variant: Variant
     heads: tuple[str, ...]  # the fields of Output that it fills
     stride = STRIDE  # the sides of a patch divide by this
-    least = STRIDE  # and are no smaller than this
+    min_side = STRIDE  # and are no smaller than this
     # torch 2.13 leaves the weight gradient of a bf16 conv3d over 2x2x2 maps unset on the CPU
-    bf16_least = 3 * STRIDE
-    alternates = False  # a training step runs a part of the weights only
+    bf16_min_side = 3 * STRIDE
+    one_branch_per_step = False  # a training step runs a part of the weights only
     branches: tuple[str, ...] = ()  # outputs that are evaluated beside the mask
 
     def __init__(self):
@@ -168,41 +196,62 @@ class Network(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that the lists of layers `ct` and `pet` both hold, each once (Sec. 3.2)."""
-        ct, pet = (getattr(self, branch, None) for branch in ("ct", "pet"))
-        known = {id(p) for p in ct.parameters()} if ct else {}
-        return [p for p in pet.parameters() if id(p) in known] if pet else []
+        ct = getattr(self, "ct", None)
+        pet = getattr(self, "pet", None)
+        if ct is None or pet is None:
+            return []
+        held_by_ct = {id(p) for p in ct.parameters()}
+        return [p for p in pet.parameters() if id(p) in held_by_ct]
 
     def step_options(self, number: int) -> dict:
         """What a training step passes to forward; number: random, the same on all devices."""
         return {}
 
-    def wanted(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None) -> set[str]:
-        """The fields of Output to compute: `heads`, or all.
+    def decide(self, foreground):
+        """Which classes are present: booleans (K, W, H, D) from foreground logits (K, W, H, D)."""
+        return decide(foreground, self.variant)
+
+    def check_inputs(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None) -> set[str]:
+        """The fields of Output to compute: `heads`, or all if it is None.
 
         Raises ValueError for patches that do not fit, or heads that the network lacks.
         """
         sides = ct.shape[2:]
-        fits = ct.dim() == 5 and ct.shape[1] == 1 and not any(n % self.stride for n in sides)
-        if ct.shape != pet.shape or not fits or min(sides) < self.least:
-            least = f" and are at least {self.least}" if self.least > self.stride else ""
+        fits = (
+            ct.shape == pet.shape
+            and ct.dim() == 5
+            and ct.shape[1] == 1
+            and min(sides) >= self.min_side
+            and not any(side % self.stride for side in sides)
+        )
+        if not fits:
+            limit = f"divide by {self.stride}"
+            if self.min_side > self.stride:
+                limit += f" and are at least {self.min_side}"
             raise ValueError(
                 f"CT {tuple(ct.shape)} and PET {tuple(pet.shape)}: give both the same shape, "
-                f"(B, 1, W, H, D) with sides that divide by {self.stride}{least}"
+                f"(B, 1, W, H, D) with sides that {limit}"
             )
-        want = set(self.heads if heads is None else heads)
-        if absent := want - set(self.heads):
+
+        wanted = set(self.heads if heads is None else heads)
+        absent = wanted - set(self.heads)
+        if absent:
             raise ValueError(f"heads {sorted(absent)}: this version has {', '.join(self.heads)}")
-        return want
+        return wanted
+
+
+# ------------------------------------------------------------------ layers
 
 
 class ConvNormAct(nn.Sequential):
     """3D convolution, batch norm, PReLU. `up` makes it a transposed one of stride 2."""
 
     def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, up: bool = False):
+        padding = kernel // 2
         if up:
-            conv = nn.ConvTranspose3d(cin, cout, kernel, 2, kernel // 2, output_padding=1)
+            conv = nn.ConvTranspose3d(cin, cout, kernel, 2, padding, output_padding=1)
         else:
-            conv = nn.Conv3d(cin, cout, kernel, stride, kernel // 2)
+            conv = nn.Conv3d(cin, cout, kernel, stride, padding)
         super().__init__(conv, nn.BatchNorm3d(cout), nn.PReLU())
 
 
@@ -211,7 +260,10 @@ class Down(nn.Module):
 
     def __init__(self, cin: int, cout: int, stride: int):
         super().__init__()
-        self.convs = nn.Sequential(ConvNormAct(cin, cout, stride=stride), ConvNormAct(cout, cout))
+        self.convs = nn.Sequential(
+            ConvNormAct(cin, cout, stride=stride),
+            ConvNormAct(cout, cout),
+        )
         kernel = 3 if stride > 1 else 1
         self.shortcut = nn.Conv3d(cin, cout, kernel, stride, kernel // 2)
 
@@ -238,8 +290,21 @@ class Up(nn.Module):
 def unet_layers(channels: tuple[int, ...] = CHANNELS) -> list[nn.Module]:
     """Layers 1-8 of one branch; the output layer depends on the branch's task."""
     c1, c2, c3, c4, c5 = channels
-    down = [Down(1, c1, 2), Down(c1, c2, 2), Down(c2, c3, 2), Down(c3, c4, 2), Down(c4, c5, 1)]
-    return [*down, Up(c4 + c5, c3), Up(2 * c3, c2), Up(2 * c2, c1)]
+    return [
+        Down(1, c1, stride=2),
+        Down(c1, c2, stride=2),
+        Down(c2, c3, stride=2),
+        Down(c3, c4, stride=2),
+        Down(c4, c5, stride=1),
+        Up(c4 + c5, c3),
+        Up(c3 + c3, c2),
+        Up(c2 + c2, c1),
+    ]
+
+
+def output_layer(channels: tuple[int, ...], task: Task) -> Up:
+    """Layer 9 of one branch, to the full size and as many channels as its task has."""
+    return Up(2 * channels[0], task.channels, bare=True)
 
 
 def share(layer: nn.Module, private_norm: bool) -> nn.Module:
@@ -249,9 +314,9 @@ def share(layer: nn.Module, private_norm: bool) -> nn.Module:
     """
     if not private_norm:
         return layer
-    leaves = [m for m in layer.modules() if not list(m.children())]
-    kept = {id(m): m for m in leaves if not isinstance(m, nn.BatchNorm3d)}
-    return copy.deepcopy(layer, memo=kept)
+    shared_types = (nn.Conv3d, nn.ConvTranspose3d, nn.PReLU)
+    shared = {id(m): m for m in layer.modules() if isinstance(m, shared_types)}
+    return copy.deepcopy(layer, memo=shared)  # what memo holds counts as copied already
 
 
 class BottleneckDecoder(nn.Sequential):
@@ -259,7 +324,12 @@ class BottleneckDecoder(nn.Sequential):
 
     def __init__(self, out_channels: int, channels: tuple[int, ...] = CHANNELS):
         c1, c2, c3, _, c5 = channels
-        super().__init__(Up(2 * c5, c3), Up(c3, c2), Up(c2, c1), Up(c1, out_channels))
+        super().__init__(
+            Up(c5 + c5, c3),
+            Up(c3, c2),
+            Up(c2, c1),
+            Up(c1, out_channels),
+        )
 
 
 class Classifier(nn.Sequential):
@@ -281,6 +351,47 @@ class Classifier(nn.Sequential):
         )
 
 
+# ------------------------------------------------------------------ the U
+
+SKIPS = {6: 4, 7: 3, 8: 2, 9: 1}  # decoder layer: encoder layer whose map it is given too
+
+Branches = dict[str, nn.ModuleList]  # layers 1-9 by the name of the branch
+Features = dict[str, Tensor]  # one map by the name of the branch
+
+
+def run_layer(branches: Branches, number: int, features: Features) -> Features:
+    """Layer `number` of every branch in `features`, each on its own features."""
+    return {name: branches[name][number - 1](x) for name, x in features.items()}
+
+
+def encode(branches: Branches, images: Features) -> dict[int, Features]:
+    """Layers 1-5 of every branch in `images`, in step: their outputs by the layer's number.
+
+    The images are (B, 1, W, H, D), layer 5 puts out the bottoms (B, 256, W/16, H/16, D/16).
+    """
+    maps = {}
+    features = images
+    for number in (1, 2, 3, 4, 5):
+        features = run_layer(branches, number, features)
+        maps[number] = features
+    return maps
+
+
+def decode(branches: Branches, bottoms: Features, maps: dict[int, Features]) -> Features:
+    """Layers 6-9 of every branch in `bottoms`, in step: outputs (B, C, W, H, D).
+
+    Each layer takes the encoder's map of its size beside what comes from below, and doubles both.
+    """
+    features = bottoms  # (B, 256, W/16, H/16, D/16)
+    for number, skip in SKIPS.items():
+        inputs = {name: torch.cat([maps[skip][name], x], dim=1) for name, x in features.items()}
+        features = run_layer(branches, number, inputs)
+    return features
+
+
+# ------------------------------------------------------------------ the network
+
+
 class MirrorUNet(Network):
     """Mirror U-Net for one row of VARIANTS.
 
@@ -288,12 +399,11 @@ class MirrorUNet(Network):
     theta: weight of the CT branch in Eq. 4, a number in [0, 1] or "learn" (from 0.5; v4 only).
     bottleneck: "own" decodes each branch from its own bottom (Eq. 1 and the released code: the
         mask of v1-v3 does not see CT at inference); "joint" starts each decoder from both bottoms
-        through a 1^3 convolution (Fig. 1); "mean" gives both branches the mean of their outputs
-        at every layer in L, without new weights.
+        through a 1^3 convolution (Fig. 1).
     norm: "shared" or "private" batch norms inside the shared layers.
     classifier: T sees "both" bottoms (Eq. 3) or only "pet" (the released code).
     channels: widths of layers 1-5. organs: names of those that v5 learns.
-    Raises ValueError for a kind, version or layer that there is not.
+    Raises ValueError for a kind, version, layer or choice that does not exist.
     """
 
     def __init__(
@@ -301,7 +411,7 @@ class MirrorUNet(Network):
         version: str = "v2",
         shared: tuple[int, ...] = (5,),
         kind: str = "petct",
-        theta: float | str = 0.2,
+        theta: float | str = DEFAULT_THETA,
         bottleneck: str = "own",
         norm: str = "shared",
         classifier: str = "both",
@@ -311,128 +421,143 @@ class MirrorUNet(Network):
         super().__init__()
         if not set(shared) <= set(range(1, 9)):
             raise ValueError(f"shared layers {sorted(shared)}: L is a subset of 1..8 (Sec. 3.2)")
-        self.variant = variant_of(kind, version, organs)
-        self.heads = ("seg", *self.variant.tasks, *(("tumor",) if self.variant.tumor else ()))
-        self.classifier_sees_ct = classifier == "both"
+        check_choice("bottleneck", bottleneck, BOTTLENECKS)
+        check_choice("norm", norm, NORMS)
+        check_choice("classifier", classifier, CLASSIFIERS)
 
+        self.variant = find_variant(kind, version, organs)
+        self.mask_branches = tuple(self.variant.mask_tasks)
+        self.heads = ("seg", *self.variant.tasks)
+        if self.variant.tumor:
+            self.heads += ("tumor",)
+
+        # The two branches. A shared layer is one module that both lists hold (Sec. 3.2).
         pet = unet_layers(channels)
-        ct = [  # a shared layer is one module held by both lists (Sec. 3.2)
-            share(pet[i - 1], norm == "private") if i in shared else layer
-            for i, layer in enumerate(unet_layers(channels), start=1)
-        ]
-        top, bottom = 2 * channels[0], channels[-1]
-        self.pet = nn.ModuleList([*pet, Up(top, self.variant.pet.channels, bare=True)])
-        self.ct = nn.ModuleList([*ct, Up(top, self.variant.ct.channels, bare=True)])
-        self.meet = frozenset(shared if bottleneck == "mean" else ())
+        ct = unet_layers(channels)
+        for number in shared:
+            ct[number - 1] = share(pet[number - 1], private_norm=norm == "private")
+        self.pet = nn.ModuleList([*pet, output_layer(channels, self.variant.pet)])
+        self.ct = nn.ModuleList([*ct, output_layer(channels, self.variant.ct)])
+
+        # What sits on the bottoms.
+        bottom = channels[-1]
         self.joint = nn.ModuleDict()
         if bottleneck == "joint":
-            self.joint.update({b: nn.Conv3d(2 * bottom, bottom, 1) for b in ("ct", "pet")})
-        btl = self.variant.btl
-        self.btl_decoder = BottleneckDecoder(btl.channels, channels) if btl else None
-        seen = 2 * bottom if self.classifier_sees_ct else bottom
-        self.classifier = Classifier(seen) if self.variant.tumor else None
+            for branch in ("ct", "pet"):
+                self.joint[branch] = nn.Conv3d(2 * bottom, bottom, 1)
+        self.btl_decoder = None
+        if self.variant.btl:
+            self.btl_decoder = BottleneckDecoder(self.variant.btl.channels, channels)
+        self.classifier_sees_ct = classifier == "both"
+        self.classifier = None
+        if self.variant.tumor:
+            self.classifier = Classifier(2 * bottom if self.classifier_sees_ct else bottom)
+
         # Registered in every version, as in the released code, so that parameter counts agree.
         learned = theta == "learn"
-        start = torch.tensor(0.5 if learned else float(theta))
-        self.theta = nn.Parameter(start, requires_grad=learned and self.variant.fused)
+        self.theta = nn.Parameter(
+            torch.tensor(0.5 if learned else float(theta)),
+            requires_grad=learned and self.variant.fused,
+        )
 
     def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
         """Run the network on ct and pet, each (B, 1, W, H, D); FLAIR and T1Gd for MRI.
 
         heads: the fields of Output to compute, all by default; what they do not need is not run.
-        Raises ValueError as `wanted` does.
+        Raises ValueError as check_inputs does.
         """
-        want = self.wanted(ct, pet, heads)
-        decoded = {"ct", "pet"} & (want | ({*self.variant.mask} if "seg" in want else set()))
-        if decoded and self.meet & {6, 7, 8}:
-            decoded = {"ct", "pet"}
-        join = "btl" in want or ("tumor" in want and self.classifier_sees_ct) or len(self.joint)
-        encoded = decoded | ({"pet"} if "tumor" in want else set())
-        if join or self.meet & {1, 2, 3, 4, 5}:
+        wanted = self.check_inputs(ct, pet, heads)
+        encoded, decoded = self.branches_to_run(wanted)
+        branches = {"ct": self.ct, "pet": self.pet}
+        images = {"ct": ct, "pet": pet}
+
+        # E_C and E_P
+        maps = encode(branches, {name: images[name] for name in images if name in encoded})
+        bottoms = maps[5]  # (B, 256, W/16, H/16, D/16) each
+
+        # E_C(x_C) ⊕ E_P(x_P), what D_BTL and T see (Eq. 2 and 3)
+        both = None
+        if len(bottoms) == 2:
+            both = torch.cat([bottoms["ct"], bottoms["pet"]], dim=1)  # (B, 512, W/16, ...)
+
+        # D_C and D_P, with the skips of their encoders
+        inputs = {}
+        for name, bottom in bottoms.items():
+            if name in decoded:
+                inputs[name] = self.decoder_input(name, bottom, both)
+        outputs = decode(branches, inputs, maps)  # (B, channels of the task, W, H, D) each
+
+        # The final mask, D_BTL and T
+        if "seg" in wanted:
+            outputs["seg"] = self.final_mask(outputs)  # (B, 1 + classes, W, H, D)
+        if "btl" in wanted:
+            outputs["btl"] = self.btl_decoder(both)  # (B, channels of the task, W, H, D)
+        if "tumor" in wanted:
+            seen = both if self.classifier_sees_ct else bottoms["pet"]
+            outputs["tumor"] = self.classifier(seen)  # (B,)
+        return Output(**outputs)
+
+    def branches_to_run(self, wanted: set[str]) -> tuple[set[str], set[str]]:
+        """The branches that must be encoded for the wanted heads, and those decoded as well.
+
+        With bottleneck "own" the mask of v1-v3 needs only PET's, so at inference CT's never runs.
+        """
+        decoded = wanted & {"ct", "pet"}
+        if "seg" in wanted:
+            decoded.update(self.mask_branches)
+
+        encoded = set(decoded)
+        if "tumor" in wanted:
+            encoded.add("pet")
+        tumor_sees_ct = "tumor" in wanted and self.classifier_sees_ct
+        if "btl" in wanted or tumor_sees_ct or len(self.joint):
             encoded = {"ct", "pet"}
+        return encoded, decoded
 
-        branches, images = {"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet}
-        maps = encode(branches, {b: x for b, x in images.items() if b in encoded}, self.meet)
-        both = torch.cat([*maps[-1].values()], dim=1) if join else None  # ⊕, (B, 512, ...)
-        starts = {b: self.start(b, x, both) for b, x in maps[-1].items() if b in decoded}
-        out = decode(branches, maps, starts, self.meet)
-        if "seg" in want:
-            out["seg"] = self.final(*(out[branch] for branch in self.variant.mask))
-        if "btl" in want:
-            out["btl"] = self.btl_decoder(both)
-        if "tumor" in want:
-            out["tumor"] = self.classifier(both if self.classifier_sees_ct else maps[-1]["pet"])
-        return Output(**out)
+    def decoder_input(self, branch: str, bottom: Tensor, both: Tensor | None) -> Tensor:
+        """Where a branch's decoder starts: its own bottom, or both bottoms if they are joined."""
+        if branch in self.joint:
+            return self.joint[branch](both)  # (B, 512, W/16, ...) -> (B, 256, W/16, ...)
+        return bottom
 
-    def start(self, branch: str, bottom: Tensor, both: Tensor | None) -> Tensor:
-        """Where a branch's decoder starts: its own bottom, or both bottoms if joint."""
-        return self.joint[branch](both) if branch in self.joint else bottom
-
-    def final(self, first: Tensor, second: Tensor | None = None) -> Tensor:
-        """The logits `seg` from those of the branches in Variant.mask, CT before PET."""
-        if second is None:
-            return first
+    def final_mask(self, logits: Features) -> Tensor:
+        """The field `seg` of Output from the logits (B, 1 + K, W, H, D) of the mask's branches."""
+        if len(self.mask_branches) == 1:  # v1-v3: D_P is the mask
+            return logits[self.mask_branches[0]]
         if self.variant.fused:  # before the softmax, Eq. 4
-            return (1 - self.theta) * second + self.theta * first
-        found = torch.cat([margins(first), margins(second)], dim=1)
-        return torch.cat([torch.zeros_like(found[:, :1]), found], dim=1)
+            return (1 - self.theta) * logits["pet"] + self.theta * logits["ct"]
+
+        # MRI v1 and v2: each branch decides its own classes, against a background of 0.
+        foregrounds = [foreground_logits(logits[branch]) for branch in self.mask_branches]
+        background = torch.zeros_like(foregrounds[0][:, :1])
+        return torch.cat([background, *foregrounds], dim=1)
 
 
-def advance(branches, number: int, x: dict[str, Tensor], meet=()) -> dict[str, Tensor]:
-    """One layer of every branch in x; where features meet, the mean of their outputs for each."""
-    x = {name: branches[name][number - 1](value) for name, value in x.items()}
-    return dict.fromkeys(x, sum(x.values()) / len(x)) if x and number in meet else x
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: choose from {', '.join(choices)}")
 
 
-def encode(branches, x: dict[str, Tensor], meet=()) -> list[dict[str, Tensor]]:
-    """Outputs of layers 1-5 by branch; the last ones are the bottoms (B, 256, W/16, H/16, D/16).
-
-    branches: lists of layers by name. x: the images of those to run. meet: the layers, 1..8, at
-    which features meet.
-    """
-    maps = []
-    for number in range(1, 6):
-        x = advance(branches, number, x, meet)
-        maps.append(x)
-    return maps
-
-
-def decode(branches, maps: list[dict], x: dict[str, Tensor], meet=()) -> dict[str, Tensor]:
-    """Layers 6-8 and the output layer from the bottoms x, with the encoders' maps as skips."""
-    for number, skips in zip((6, 7, 8, 9), reversed(maps[:4]), strict=True):
-        joined = {name: torch.cat([skips[name], value], dim=1) for name, value in x.items()}
-        x = advance(branches, number, joined, meet)
-    return x
-
-
-def margins(seg: Tensor) -> Tensor:
+def foreground_logits(seg: Tensor) -> Tensor:
     """Foreground logits minus the background's: (B, 1 + K, ...) -> (B, K, ...), linear in seg."""
     return seg[:, 1:] - seg[:, :1]
 
 
-def decide(margin, variant: Variant):
-    """Which classes are present: booleans (K, W, H, D) from margins (K, W, H, D), NumPy or torch.
+def decide(foreground, variant: Variant):
+    """Which classes are present: booleans (K, W, H, D) from foreground_logits (K, W, H, D).
 
-    K runs over variant.classes. After one softmax the larger logit wins; where edema and core sit
-    on branches of their own (MRI v1, v2), each is decided there and both may be present. For late
-    fusion the margins of two networks, (2K, W, H, D), are averaged, or their masks joined.
+    NumPy or torch; K runs over variant.classes. After one softmax the largest logit wins. Where
+    edema and core sit on branches of their own (MRI v1, v2), each is decided there and both may be
+    present.
     """
-    if variant.join:
-        half, alone = len(margin) // 2, replace(variant, join=None)
-        one, other = margin[:half], margin[half:]
-        if variant.join == "logits":
-            return decide((one + other) / 2, alone)
-        one, other = decide(one, alone), decide(other, alone)
-        return one | other if variant.join == "union" else one & other
-    present = margin > 0
-    if variant.exclusive and len(margin) > 1:
-        winner = margin.argmax(0)
-        for k in range(len(margin)):
+    present = foreground > 0
+    if variant.one_softmax and len(foreground) > 1:
+        winner = foreground.argmax(0)
+        for k in range(len(foreground)):
             present[k] &= winner == k
     return present
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, a shared one counted once; the joint 1^3 convolutions are left out."""
-    joint = sum(p.numel() for n, p in model.named_parameters() if n.startswith("joint."))
-    return sum(p.numel() for p in model.parameters()) - joint
+    """How many parameters the model has, a shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,22 +1,25 @@
 """Preprocessing of a study (Sec. 3.4), and the way back to the grid of its files.
 
-Arrays are (W, H, D) in the order of the anatomical axes that `Preprocessing.axes` names.
+A study has two grids. The native one is that of its files, with axes in any order. The cached one,
+(W, H, D), is that of the preprocessed arrays: its axes are the anatomical ones that
+`Preprocessing.axes` names, it is cropped to a box around the body, and its spacing is the same for
+all studies.
 """
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
 from checks import BODY_SUV
-from studies import Study, judge, read_study
+from studies import Study, check_values, read_study
 
-CACHE_FORMAT = 3  # raise it when the content of the cache changes
+CACHE_FORMAT = 4  # raise it when the content of the cache changes
 THRESHOLD_SUV = 4.0  # the row "SUV ≥ 4 threshold" of the evaluation
+Window = tuple[float, float]  # of values, the lowest and the highest
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Preprocessing:
     kind: str
     spacing: tuple[float, float, float]  # mm, along `axes`
     axes: str  # anatomical direction of rising index: L(eft) A(nterior) S(uperior), ...
-    clip: tuple[tuple[float, float], tuple[float, float]] | None  # HU, SUV; None: no units, z-score
+    clip: tuple[Window, Window] | None  # HU, SUV; None: no units, z-score
     margin_mm: float = 10.0  # kept around the body
     body_suv: float = BODY_SUV  # the body is the box of voxels above it
     threshold_suv: float = THRESHOLD_SUV
@@ -34,164 +37,300 @@ class Preprocessing:
 
 
 PREPROCESSING = {
-    "petct": Preprocessing("petct", (2.0, 2.0, 3.0), "LAS", ((-100.0, 250.0), (0.0, 15.0))),
-    "mri": Preprocessing("mri", (1.0, 1.0, 1.0), "RAS", None),
+    "petct": Preprocessing(
+        kind="petct",
+        spacing=(2.0, 2.0, 3.0),
+        axes="LAS",
+        clip=((-100.0, 250.0), (0.0, 15.0)),
+    ),
+    "mri": Preprocessing(
+        kind="mri",
+        spacing=(1.0, 1.0, 1.0),
+        axes="RAS",
+        clip=None,
+    ),
 }
 
 
-def preprocessing(config) -> Preprocessing:
-    """The preprocessing of a resolved Config: its kind's, at its spacing."""
+def settings_for(config) -> Preprocessing:
+    """The preprocessing of a resolved Config: that of its kind of data, at its spacing."""
     return replace(PREPROCESSING[config.kind], spacing=tuple(config.spacing))
 
 
-def interpolate(image: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:
-    """Linear interpolation of float32 `image` along one axis, clamped at its borders."""
-    last = image.shape[axis] - 1
-    positions = np.clip(positions, 0, last)
-    if len(positions) == last + 1 and np.allclose(positions, np.arange(last + 1), atol=1e-6):
-        return image
-    low = np.minimum(positions.astype(np.int64), max(last - 1, 0))
-    weight = (positions - low).astype(np.float32)
-    below = image.take(low, axis)
-    above = image.take(np.minimum(low + 1, last), axis)
-    above -= below
-    above *= weight.reshape([-1 if a == axis else 1 for a in range(3)])
-    below += above
-    return below
+@dataclass
+class CaseMeta:
+    """What is known of a preprocessed study beside its arrays, in plain types for meta.json."""
+
+    name: str
+    patient: str
+    shape: list[int]  # cached grid
+    spacing: list[float]  # cached grid, mm
+    native_shape: list[int]  # in the axes of the files
+    native_spacing: list[float]  # mm, along the anatomical axes
+    native_affine: list[list[float]]  # from voxels of the files to mm
+    to_axes: list[list[float]]  # nibabel's orientation from the axes of the files to the anatomical
+    box: list[list[int]]  # [start, stop] of the kept part, in native voxels per anatomical axis
+    facts: dict  # as studies.check_values has them
+    lesion_voxels: int | None = None  # of the mask on the native grid; None without a mask
+    digests: dict[str, str] = field(default_factory=dict)  # hash of each image and of the mask
+    sources: dict = field(default_factory=dict)  # fingerprints of the files, filled by cache.py
+    arrays: dict = field(default_factory=dict)  # dtype and shape by name, filled by cache.py
 
 
-def resample(image: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
-    """Linear resampling at the grid of `positions`, in voxels per axis; axis by axis, which is
-    exact because the map between two grids with the same axes is diagonal."""
-    for axis in sorted(range(3), key=lambda a: len(positions[a]) / image.shape[a]):  # shrink first
-        image = interpolate(image, axis, positions[axis])
-    return image
+# ------------------------------------------------------------------ one study
 
 
-def nearest(labels: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
-    """As resample, of labels: each the value of the nearest voxel."""
-    grids = zip(positions, labels.shape, strict=True)
-    indices = [np.minimum(np.rint(p).astype(np.int64), n - 1) for p, n in grids]
-    return np.ascontiguousarray(labels[np.ix_(*indices)])
+def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndarray], CaseMeta]:
+    """Read, check, crop to the body, resample and scale one study (Sec. 3.4).
+
+    Returns the arrays to be cached, and what is known of the study. Raises BadStudy.
+
+    images: float16 (2, W, H, D), CT first
+    label, lesion: the mask, uint8 (W, H, D), and the flat indices of its foreground, uint32
+    native_label, native_class: flat_indices of the mask on the native grid, and its classes, uint8
+    native_hot: flat_indices of the SUV at or above the threshold on the native grid (PET/CT)
+
+    A study without a mask has the images alone.
+    """
+    volumes = read_study(study)
+    facts = check_values(study, volumes)
+    meta = plan_grid(study, volumes, settings, facts)
+
+    # A study is large: each volume is let go as soon as it was used.
+    arrays = {}
+    if study.label:
+        label = volumes.pop("label").data
+
+        # On the native grid, where the evaluation counts.
+        arrays["native_label"] = flat_indices(label)
+        arrays["native_class"] = label.ravel(order="F")[arrays["native_label"]]
+        if settings.clip:
+            hot = volumes["pet"].data >= settings.threshold_suv
+            arrays["native_hot"] = flat_indices(hot)
+
+        # On the cached grid, for training.
+        arrays["label"] = labels_to_cached(meta, label)
+        arrays["lesion"] = np.flatnonzero(arrays["label"]).astype(np.uint32)
+        del label
+
+    images = np.empty((2, *meta.shape), np.float16)
+    windows = settings.clip or (None, None)
+    for channel, slot in enumerate(("ct", "pet")):
+        image = image_to_cached(meta, volumes.pop(slot).data)
+        images[channel] = scale(image, windows[channel])
+        meta.digests[slot] = content_hash(images[channel])
+    arrays["images"] = images
+
+    if study.label:
+        meta.lesion_voxels = len(arrays["native_label"])
+        mask = np.concatenate([arrays["native_label"], arrays["native_class"]])
+        meta.digests["label"] = content_hash(mask)
+    return arrays, meta
 
 
-def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
-    """Where the new grid samples the old one, in old voxels; both start at the same centre. The
-    count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels."""
-    grids = zip(shape, spacing, new_spacing, strict=True)
-    return [np.arange(round((n - 1) * s / t + 1)) * (t / s) for n, s, t in grids]
+def plan_grid(
+    study: Study,
+    volumes: dict,
+    settings: Preprocessing,
+    facts: dict,
+) -> CaseMeta:
+    """Lay the cached grid of a study around its body."""
+    pet = volumes["pet"].data
+    affine = volumes["pet"].affine
+
+    # From the axes of the files to the anatomical ones.
+    axes = orientations.axcodes2ornt(settings.axes)
+    to_axes = orientations.ornt_transform(nib.io_orientation(affine), axes)
+    turned_affine = affine @ orientations.inv_ornt_aff(to_axes, pet.shape)
+    native_spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
+
+    # The body is warm in PET. In MRI the skull is stripped, and all but the brain is 0.
+    body = pet > settings.body_suv
+    if settings.clip is None:
+        body = (pet != 0) | (volumes["ct"].data != 0)
+    margin = np.ceil(settings.margin_mm / native_spacing)
+    box = body_box(orientations.apply_orientation(body, to_axes), margin)
+
+    counts = [stop - start for start, stop in box]
+    positions = grid_positions(counts, native_spacing, settings.spacing)
+    return CaseMeta(
+        name=study.name,
+        patient=study.patient,
+        shape=list(map(len, positions)),
+        spacing=list(settings.spacing),
+        native_shape=list(pet.shape),
+        native_spacing=native_spacing.tolist(),
+        native_affine=affine.tolist(),
+        to_axes=to_axes.tolist(),
+        box=box,
+        facts=facts,
+    )
 
 
 def body_box(body: np.ndarray, margin) -> list[list[int]]:
     """[start, stop] per axis of the True voxels, grown by `margin` voxels within the volume."""
     box = []
     for axis, count in enumerate(body.shape):
-        inside = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
+        other_axes = tuple({0, 1, 2} - {axis})
+        occupied = np.flatnonzero(body.any(axis=other_axes))
         grow = int(margin[axis])
-        box.append([max(int(inside[0]) - grow, 0), min(int(inside[-1]) + 1 + grow, count)])
+        start = max(int(occupied[0]) - grow, 0)
+        stop = min(int(occupied[-1]) + 1 + grow, count)
+        box.append([start, stop])
     return box
 
 
-def zscore(image: np.ndarray) -> np.ndarray:
-    """Zero mean, unit variance over the brain (voxels that are not 0); the rest stays 0."""
-    brain = image != 0
-    values = image[brain].astype(np.float64)
+def flat_indices(mask: np.ndarray) -> np.ndarray:
+    """The voxels of a mask that are not 0, as uint32 indices in Fortran order."""
+    return np.flatnonzero(mask.ravel(order="F")).astype(np.uint32)
+
+
+def scale(image: np.ndarray, window: Window | None) -> np.ndarray:
+    """Clip to the window and scale it to [0, 1], in place. Without a window (MRI), scale the brain,
+    the voxels that are not 0, to zero mean and unit variance; the others stay 0."""
+    if window:
+        low, high = window
+        np.clip(image, low, high, out=image)
+        image -= low
+        image /= high - low
+        return image
+
     scaled = np.zeros_like(image)
-    scaled[brain] = (values - values.mean()) / max(values.std(), 1e-8) if len(values) else 0
+    brain = image != 0
+    if brain.any():
+        values = image[brain].astype(np.float64)
+        deviation = max(values.std(), 1e-8)
+        scaled[brain] = (values - values.mean()) / deviation
     return scaled
 
 
-def preprocess(study: Study, settings: Preprocessing, allow=()) -> tuple[dict, dict]:
-    """Read, check, crop to the body, resample and scale one study (Sec. 3.4): arrays and meta.
-
-    images: float16 (2, W, H, D), CT first; with a mask: label, uint8 (W, H, D); lesion, uint32 flat
-    indices of its foreground; and what native_mask adds. allow: see studies.judge. Raises BadStudy.
-    """
-    volumes = read_study(study)
-    facts = judge(study, volumes, allow)
-    pet, affine = volumes["pet"].data, volumes["pet"].affine
-    wanted = orientations.axcodes2ornt(settings.axes)
-    to_axes = orientations.ornt_transform(nib.io_orientation(affine), wanted)
-    turn = partial(orientations.apply_orientation, ornt=to_axes)
-    turned_affine = affine @ orientations.inv_ornt_aff(to_axes, pet.shape)
-    spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
-    margin = np.ceil(settings.margin_mm / spacing)
-    body = pet > settings.body_suv if settings.clip else (pet != 0) | (volumes["ct"].data != 0)
-    box = body_box(turn(body), margin)
-    del body
-    crop, counts = tuple(slice(*b) for b in box), [stop - start for start, stop in box]
-    positions = grid_positions(counts, spacing, settings.spacing)
-    meta = {
-        "name": study.name, "patient": study.patient, "lesion_voxels": None,
-        "shape": [len(p) for p in positions], "spacing": list(settings.spacing),
-        "native_shape": [int(n) for n in pet.shape], "native_spacing": spacing.tolist(),
-        "native_affine": affine.tolist(), "to_axes": to_axes.tolist(), "box": box, "facts": facts,
-    }  # fmt: skip
-    arrays = {}
-    if study.label:
-        label = volumes.pop("label").data
-        arrays = native_mask(label, pet, settings)
-        meta["lesion_voxels"] = len(arrays["native_label"])
-        arrays["label"] = to_cached(meta, label)
-        arrays["lesion"] = np.flatnonzero(arrays["label"]).astype(np.uint32)
-        del label
-    del pet
-    arrays["images"] = np.empty((2, *meta["shape"]), np.float16)
-    for i, slot in enumerate(("ct", "pet")):
-        image = turn(volumes.pop(slot).data)[crop].astype(np.float32, order="C")
-        image = resample(image, positions)
-        if settings.clip is None:
-            image = zscore(image)
-        else:
-            low, high = settings.clip[i]
-            np.clip(image, low, high, out=image)
-            image -= low
-            image /= high - low
-        arrays["images"][i] = image
-    seen = {"ct": arrays["images"][0], "pet": arrays["images"][1]}
-    if study.label:
-        seen["label"] = np.concatenate([arrays["native_label"], arrays["native_class"]])
-    meta["digests"] = {slot: hash_of(array) for slot, array in seen.items()}
-    return arrays, meta
-
-
-def hash_of(content) -> str:
+def content_hash(content) -> str:
+    """32 hexadecimal digits that tell the bytes of an array, or bytes, from others."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def native_mask(label: np.ndarray, pet: np.ndarray, settings: Preprocessing) -> dict:
-    """On the files' grid, as uint32 flat indices in Fortran order: native_label, the mask (its
-    classes are native_class, uint8), and of PET/CT native_hot, the SUV above the threshold."""
-    plain = label.ravel(order="F")
-    flat = np.flatnonzero(plain)
-    arrays = {"native_label": flat.astype(np.uint32), "native_class": plain[flat]}
-    if settings.clip is not None:
-        hot = pet.ravel(order="F") >= settings.threshold_suv
-        arrays["native_hot"] = np.flatnonzero(hot).astype(np.uint32)
-    return arrays
+# ------------------------------------------------------------------ from grid to grid
 
 
-def to_cached(meta: dict, labels: np.ndarray) -> np.ndarray:
-    """Labels on the study's own grid, on the cached one: each that of the nearest voxel."""
-    turned = orientations.apply_orientation(labels, np.array(meta["to_axes"]))
-    inside = turned[tuple(slice(*b) for b in meta["box"])]
-    return nearest(inside, grid_positions(inside.shape, meta["native_spacing"], meta["spacing"]))
+def image_to_cached(meta: CaseMeta, image: np.ndarray) -> np.ndarray:
+    """Resample an image on the native grid linearly to the cached one; float32 (W, H, D)."""
+    inside = crop_to_body(meta, image).astype(np.float32, order="C")
+    return resample_linear(inside, cached_positions(meta))
 
 
-def to_native(meta: dict, margin: np.ndarray, classify: Callable | None = None) -> np.ndarray:
-    """Map margins (K, W, H, D) on the cached grid to a uint8 label map on the study's own: each is
-    interpolated linearly, `classify` turns (K, w, h, d) into classes; outside the body box is 0.
-    Without it, in place of margins, labels (W, H, D), by the nearest voxel."""
-    steps = zip(meta["native_spacing"], meta["spacing"], meta["box"], strict=True)
-    positions = [np.arange(stop - start) * (s / t) for s, t, (start, stop) in steps]
-    if classify:
-        images = (m.astype(np.float32, copy=False) for m in margin)
-        inside = classify(np.stack([resample(image, positions) for image in images]))
-    else:
-        inside = nearest(margin, positions)
-    to_axes = np.array(meta["to_axes"])
-    turned = [meta["native_shape"][a] for a in np.argsort(to_axes[:, 0])]
-    full = np.zeros(turned, np.uint8)
-    full[tuple(slice(*b) for b in meta["box"])] = inside
-    back = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_axes)
-    return orientations.apply_orientation(full, back)
+def labels_to_cached(meta: CaseMeta, labels: np.ndarray) -> np.ndarray:
+    """Resample labels on the native grid to the cached one: each that of the nearest voxel."""
+    return resample_nearest(crop_to_body(meta, labels), cached_positions(meta))
+
+
+def logits_to_native(
+    meta: CaseMeta,
+    foreground: np.ndarray,
+    classify: Callable,
+) -> np.ndarray:
+    """Map foreground logits (K, W, H, D) on the cached grid to a uint8 label map on the native one.
+
+    Each is interpolated linearly, then `classify` turns (K, w, h, d) into classes (w, h, d). All
+    outside of the body's box is background.
+    """
+    positions = native_positions(meta)
+    resampled = []
+    for logits in foreground:
+        logits = logits.astype(np.float32, copy=False)
+        resampled.append(resample_linear(logits, positions))
+    return uncrop(meta, classify(np.stack(resampled)))
+
+
+def labels_to_native(meta: CaseMeta, labels: np.ndarray) -> np.ndarray:
+    """Map labels (W, H, D) on the cached grid to the native one, by the nearest voxel; uint8."""
+    return uncrop(meta, resample_nearest(labels, native_positions(meta)))
+
+
+def cached_positions(meta: CaseMeta) -> list[np.ndarray]:
+    """Where the cached grid samples the body's box, in native voxels per axis."""
+    counts = [stop - start for start, stop in meta.box]
+    return grid_positions(counts, meta.native_spacing, meta.spacing)
+
+
+def native_positions(meta: CaseMeta) -> list[np.ndarray]:
+    """Where the native grid samples the cached arrays in the body's box, in cached voxels."""
+    positions = []
+    for axis, (start, stop) in enumerate(meta.box):
+        step = meta.native_spacing[axis] / meta.spacing[axis]
+        positions.append(np.arange(stop - start) * step)
+    return positions
+
+
+def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
+    """Where a new grid samples an old one, in old voxels per axis; their first voxels coincide.
+
+    The count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels.
+    """
+    positions = []
+    for count, old, new in zip(shape, spacing, new_spacing, strict=True):
+        new_count = round((count - 1) * old / new + 1)
+        positions.append(np.arange(new_count) * (new / old))
+    return positions
+
+
+def crop_to_body(meta: CaseMeta, volume: np.ndarray) -> np.ndarray:
+    """The body's box of a volume on the native grid, in the anatomical axes; a view."""
+    turned = orientations.apply_orientation(volume, np.array(meta.to_axes))
+    return turned[box_slices(meta)]
+
+
+def uncrop(meta: CaseMeta, inside: np.ndarray) -> np.ndarray:
+    """Undo crop_to_body: a uint8 volume on the native grid, 0 outside of the body's box."""
+    to_axes = np.array(meta.to_axes)
+    order = np.argsort(to_axes[:, 0])  # the axis of the files that becomes each anatomical one
+    turned = np.zeros(np.array(meta.native_shape)[order], np.uint8)
+    turned[box_slices(meta)] = inside
+
+    to_files = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_axes)
+    return orientations.apply_orientation(turned, to_files)
+
+
+def box_slices(meta: CaseMeta) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in meta.box)
+
+
+def resample_linear(image: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
+    """Sample a float32 image at the grid of `positions`, in voxels per axis.
+
+    Axis by axis, which is exact, as the map between two grids with the same axes is diagonal.
+    """
+    growth = np.array(list(map(len, positions))) / image.shape
+    for axis in np.argsort(growth, kind="stable"):  # what shrinks first leaves less to do
+        image = interpolate(image, axis, positions[axis])
+    return image
+
+
+def interpolate(image: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:
+    """Interpolate a float32 image linearly along one axis, clamped at its borders."""
+    last = image.shape[axis] - 1
+    positions = np.clip(positions, 0, last)
+    same_count = len(positions) == last + 1
+    if same_count and np.allclose(positions, np.arange(last + 1), atol=1e-6):
+        return image
+
+    low = np.minimum(positions.astype(np.int64), max(last - 1, 0))
+    along_axis = [1, 1, 1]
+    along_axis[axis] = -1
+    weight = (positions - low).astype(np.float32).reshape(along_axis)
+
+    # below + weight * (above - below), in place: these arrays are as large as a study
+    below = image.take(low, axis)
+    above = image.take(np.minimum(low + 1, last), axis)
+    above -= below
+    above *= weight
+    below += above
+    return below
+
+
+def resample_nearest(labels: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
+    """As resample_linear, of labels: each the value of the nearest voxel."""
+    indices = []
+    for places, count in zip(positions, labels.shape, strict=True):
+        nearest = np.rint(places).astype(np.int64)
+        indices.append(np.minimum(nearest, count - 1))
+    return np.ascontiguousarray(labels[np.ix_(*indices)])

@@ -1,8 +1,8 @@
 """What a run folder holds and how it is opened; what a search folder holds.
 
-A run: config.json, splits.json, metrics.csv, last.pt, best.pt and, after the last epoch,
-summary.json and test_studies.csv. A search: a run folder for each trial, with its trial.json, and
-results.csv.
+A run folder holds config.json, splits.json, metrics.csv, last.pt, best.pt and, after the last
+epoch, summary.json and test_studies.csv. A search folder holds results.csv and a run folder for
+each trial, with its trial.json.
 """
 
 import contextlib
@@ -15,9 +15,10 @@ import platform
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -25,115 +26,201 @@ import pandas as pd
 import scipy
 import torch
 
-import config as options
 from cache import Case, prepare
-from config import OPTIONS, Config, as_config, plain, resolve, system_of
-from devices import choose_amp, choose_device, use_threads
-from files import UserError, atomic, progress, read_json, reading, sweep, write_json
+from common import (
+    UserError,
+    atomic,
+    progress,
+    read_json,
+    reading,
+    remove_stale_files,
+    write_json,
+)
+from config import (
+    OPTIONS,
+    Config,
+    applicable_options,
+    check_options,
+    format_value,
+    from_dict,
+    mirror_version,
+    resolve,
+    system_of,
+    to_dict,
+    variant_for,
+)
+from devices import choose_amp, choose_device, set_threads
 from losses import LOSSES
-from mirror_unet import DATA_NAMES, IMAGE_NAMES, MirrorUNet, Network
-from organs import add_organs, find_maps
+from mirror_unet import DATA_NAMES, DEFAULT_THETA, IMAGE_NAMES, MirrorUNet, Network
+from organs import attach_organs, find_maps, organ_names_for
 from phantom import PHANTOM, write_phantom
-from preprocess import preprocessing
+from preprocess import settings_for
 from splits import PARTS, make_splits, read_splits
-from studies import find_studies, summarize
+from studies import StudyFolder, find_studies, summarize_facts
 
-# ------------------------------------------------------------------ what a config stands for
+# ------------------------------------------------------------------ the data of a config
 
 
-def open_data(config: Config, say: Callable[[str], None] = print) -> tuple[Config, list[Case]]:
-    """Find, check and preprocess the studies; the config resolved for their kind. Without
-    config.data the simulated cohort is written on first use. Raises UserError."""
-    root = Path(options.check(config).data or PHANTOM)
-    if config.data is None and not root.exists():
-        say(f"data       no --data given: writing a simulated PET/CT cohort to {root}")
-        write_phantom(root, progress=lambda visits: progress(visits, "simulate", "study"))
-    found = find_studies(root, True, config.channels, config.lesion_labels)
-    config = resolve(config, found.kind, phantom=config.data is None)
-    learns_organs = options.tasks(config, found.kind).organs
-    # before hours of reading
-    maps = find_maps(found.studies, root, config) if learns_organs else {}
-    how = config.workers, config.check, config.skip_bad, config.allow, say
-    cases = prepare(root, found, preprocessing(config), Path(config.cache), *how)
+def find_data(config: Config, say=print) -> StudyFolder:
+    """The studies below --data; without it the simulated cohort, written on first use. Raises
+    UserError."""
+    config = check_options(config)
+    if config.data is None and not PHANTOM.exists():
+        say(f"data       no --data given: writing a simulated PET/CT cohort to {PHANTOM}")
+        write_phantom(PHANTOM, progress=lambda visits: progress(visits, "simulate", "study"))
+    root = Path(config.data or PHANTOM)
+    return find_studies(root, channels=config.channels, lesion_labels=config.lesion_labels)
+
+
+def load_cases(folder: StudyFolder, config: Config, say=print) -> list[Case]:
+    """The studies, checked, preprocessed and cached, with their organ maps if the version learns
+    organs. config: resolved. Raises UserError."""
+    learns_organs = variant_for(config, folder.kind).organ_branch
+    if learns_organs:  # the maps come first, as reading the studies may take hours
+        maps = find_organ_maps(folder, config)
+
+    cases = prepare(
+        folder,
+        settings_for(config),
+        Path(config.cache),
+        workers=config.workers,
+        check=config.check,
+        skip_bad=config.skip_bad,
+        say=say,
+    )
     if learns_organs:
-        cases, names = add_organs(cases, found.studies, maps, root, config, say)
-        config = replace(config, organ_names=names)
+        cases = attach_organs(cases, folder.studies, maps, config, say)
+
+    simulated = "" if config.data else ", simulated"
     patients = len({case.patient for case in cases})
-    ill = sum(case.has_lesion for case in cases)
-    layout = found.layout + (", simulated" if config.data is None else "")
-    holds = f"{len(cases)} studies of {patients} patients, {ill} with a lesion"
-    say(f"data       {root} ({layout}): {holds}")
-    if not found.patients_known:
-        found.notes.append("names do not tell the patient: each case counts as one; see --splits")
-    for note in found.notes + summarize([case.meta["facts"] for case in cases]):
+    with_lesion = sum(case.has_lesion for case in cases)
+    say(
+        f"data       {folder.root} ({folder.layout}{simulated}): {len(cases)} studies of "
+        f"{patients} patients, {with_lesion} with a lesion"
+    )
+    notes = [*folder.notes, *summarize_facts([case.meta.facts for case in cases])]
+    if not folder.patients_known:
+        notes.append("names do not tell the patient: each case counts as one; see --splits")
+    for note in notes:
         say(f"           {note}")
-    return config, cases
+    return cases
 
 
-def choose_splits(config: Config, cases: list[Case], run: Path | None) -> dict[str, list[str]]:
-    """The splits of the run that goes on, if any, else those of --splits, else folds by patient.
-    Raises UserError if that run's are not those of --splits, or if nobody who trains has a lesion.
+def organ_folder(config: Config) -> Path | None:
+    """The folder of the organ maps: --organs, or that of the simulated cohort."""
+    if config.organs:
+        return Path(config.organs)
+    return PHANTOM / "organs" if config.data is None else None
+
+
+def find_organ_maps(folder: StudyFolder, config: Config) -> dict[str, Path]:
+    """The organ maps by study. Raises UserError if there is none, unless a trained run, which knows
+    its organs, is opened."""
+    directory = organ_folder(config)
+    trained = bool(config.organ_names)
+    if directory:
+        return find_maps(folder.studies, directory, required=not trained)
+    if not trained:
+        raise UserError(f"{config.version} learns organs. Give the folder of their maps: --organs.")
+    return {}
+
+
+def with_organ_names(config: Config, cases: list[Case], folder: StudyFolder, say=print) -> Config:
+    """The config with the names of the organs that v5 learns; other versions' as it is."""
+    if not variant_for(config, folder.kind).organ_branch:
+        return config
+    names = organ_names_for(cases, organ_folder(config), config.organ_names, say)
+    return replace(config, organ_names=names)
+
+
+def choose_splits(
+    config: Config, cases: list[Case], run: Path | None = None, say=print
+) -> dict[str, list[str]]:
+    """The names of the studies of each part: those of `run`, which resumes, else those of --splits,
+    else folds by patient.
+
+    Raises UserError if `run` has other splits than --splits, or if no training study has a lesion
+    (or, where there are organ maps, a map).
     """
-    begun, given = run and run / "splits.json", config.splits and Path(config.splits)
-    told = (cases, config.fold, config.skip_bad)
-    if begun:
-        splits = read_splits(begun, cases, 0, config.skip_bad)  # of its fold alone
-    elif given:
-        splits = read_splits(given, *told)
+    given = None
+    if config.splits and (not run or Path(config.splits).is_file()):  # the run has its own copy
+        given = read_splits(Path(config.splits), cases, config.fold, config.skip_bad, say)
+
+    if run:
+        splits = read_splits(run / "splits.json", cases, 0, config.skip_bad, say)
+        if given and given != splits:
+            remedy = "Restore it, or use another --out"
+            raise UserError(f"{config.splits}: not the splits of {run}. {remedy}.")
     else:
-        splits = make_splits(cases, config.folds, config.fold, config.split_seed)
-    if begun and given and given.is_file() and read_splits(given, *told) != splits:
-        raise UserError(f"{given}: not the splits of {run}. Restore it, or use another --out.")
-    if not any(case.has_lesion for case in cases if case.name in splits["train"]):
+        splits = given or make_splits(cases, config.folds, config.fold, config.split_seed)
+
+    training = [case for case in cases if case.name in splits["train"]]
+    if not any(case.has_lesion for case in training):
         raise UserError("No study of the training part has a lesion. Give other --splits or data.")
-    mapped = {case.name for case in cases if case.organs}
-    if mapped and mapped.isdisjoint(splits["train"]):
+    if any(case.organs for case in cases) and not any(case.organs for case in training):
         raise UserError("No study of the training part has an organ map. Give other --splits.")
     return splits
 
 
-def studies_of(parts: dict[str, list[Case]], kind: str) -> dict[str, str]:
-    """What a run is made from: the digest of each image of a study, and its place in the splits."""
-    titles, found = dict(zip(("ct", "pet"), IMAGE_NAMES[kind], strict=True)), {}
-    titles |= {"label": "mask", "organs": "organs"}
+# ------------------------------------------------------------------ what a run is made from
+
+
+def study_fingerprints(parts: dict[str, list[Case]], kind: str) -> dict[str, str]:
+    """The digest of each image of each study, and the study's place in the splits."""
+    ct_title, pet_title = IMAGE_NAMES[kind]
+    titles = {"ct": ct_title, "pet": pet_title, "label": "mask", "organs": "organs"}
+    fingerprints = {}
     for part, cases in parts.items():
-        for i, case in enumerate(cases):
-            for slot, own in case.meta["digests"].items():
-                found[f"{case.name} ({titles[slot]})"] = own
-            found[f"{case.name} (splits)"] = f"{part} {i}"
-    return found
+        for position, case in enumerate(cases):
+            for image, digest in case.meta.digests.items():
+                fingerprints[f"{case.name} ({titles[image]})"] = digest
+            fingerprints[f"{case.name} (splits)"] = f"{part} {position}"
+    return fingerprints
 
 
-def refuse_changes(run: Path, began: dict, now: dict) -> None:
-    """Raises UserError if the studies, as of studies_of, are not those that the run began with."""
-    if changed := [what for what in {**began, **now} if began.get(what) != now.get(what)]:
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        what = f"changed since the run began: {', '.join(changed[:4])}{more}"
-        raise UserError(f"{run}: {what}. Restore the data and splits, or use another --out.")
+def refuse_changed_studies(run: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raises UserError if the study_fingerprints are not those that the run began with."""
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    if not changed:
+        return
+    names = ", ".join(changed[:4])
+    if len(changed) > 4:
+        names += f" and {len(changed) - 4} more"
+    remedy = "Restore the data and splits, or use another --out"
+    raise UserError(f"{run}: changed since the run began: {names}. {remedy}.")
 
 
-def digest(content) -> str:
-    """Eight letters that tell settings or splits apart."""
+def short_hash(content) -> str:
+    """Eight characters that tell settings or splits apart; content: of JSON's types."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def cohort_of(splits: dict[str, list[str]]) -> str:
-    """Tells the studies of all parts from others; folds of one cohort have them in common."""
-    return digest(sorted({name for names in splits.values() for name in names}))
+def cohort_hash(splits: dict[str, list[str]]) -> str:
+    """Tells the studies of all parts from others; the folds of one cohort have it in common."""
+    return short_hash(sorted(set().union(*splits.values())))
 
 
 def build_model(config: Config) -> Network:
     """The seeded network of a resolved config. Raises UserError if the patch does not fit it."""
     torch.manual_seed(config.seed)
-    if system := system_of(config):
+    system = system_of(config)
+    if system:
         model = system.build(config)
     else:
-        theta = 0.2 if config.theta is None else config.theta
-        how = config.bottleneck, config.norm, config.classifier, config.widths, config.organ_names
-        version = options.mirror_version(config)
-        model = MirrorUNet(version, config.shared, config.kind, theta, *how)
-    if any(side % model.stride or side < model.least for side in config.patch):
-        sides = f"sides that divide by {model.stride} and are at least {model.least}"
+        model = MirrorUNet(
+            version=mirror_version(config),
+            shared=config.shared,
+            kind=config.kind,
+            theta=DEFAULT_THETA if config.theta is None else config.theta,
+            bottleneck=config.bottleneck,
+            norm=config.norm,
+            classifier=config.classifier,
+            channels=config.widths,
+            organs=config.organ_names,
+        )
+
+    if min(config.patch) < model.min_side or any(side % model.stride for side in config.patch):
+        sides = f"sides that divide by {model.stride} and are at least {model.min_side}"
         raise UserError(f"--patch {config.patch}: {config.version} takes {sides}.")
     return model
 
@@ -141,92 +228,169 @@ def build_model(config: Config) -> Network:
 def loss_function(config: Config) -> Callable:
     """The loss of a resolved config: an equation of the paper, or that of a compared system."""
     system = system_of(config)
-    return system.loss if system else LOSSES[config.kind][options.mirror_version(config)]
+    return system.loss if system else LOSSES[config.kind][mirror_version(config)]
 
 
-def claim_run(config: Config, stack: contextlib.ExitStack) -> str:
-    """Lock the folder of a run until `stack` ends: --out, or runs/<version>-L<layers> (systems have
-    no L), with a number behind it if that is taken, be it by a run that starts at this moment."""
-    if config.out:
-        stack.enter_context(only_writer(Path(config.out)))
-        return config.out
-    layers = "" if system_of(config) else f"-L{''.join(map(str, config.shared)) or 'none'}"
-    base = Path("runs") / f"{config.version}{layers}"
-    for number in itertools.count(1):
-        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        if not (path / "config.json").exists():
-            with contextlib.suppress(Busy):
-                stack.enter_context(only_writer(path))
-                return str(path)
+# ------------------------------------------------------------------ the folder of a run
 
 
-# ------------------------------------------------------------------ the files of a run
-
-
-class Busy(UserError):
+class FolderBusy(UserError):
     """Another process is writing the folder."""
 
 
 @contextlib.contextmanager
-def only_writer(run: Path):
-    """Hold the folder's lock, which the system frees when the process ends, however it does.
-    Raises Busy if another process holds it."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a+b") as file:
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees when the process ends, however it ends. Raises
+    FolderBusy if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+b") as file:
         try:  # not flock: child processes would inherit it and outlive a killed run by seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            what = "another process is writing this run. Wait for it, or use another --out"
-            raise Busy(f"{run}: {what}.") from None
+            finding = "another process is writing this run"
+            raise FolderBusy(f"{folder}: {finding}. Wait for it, or use another --out.") from None
         yield
 
 
-def save_config(run: Path, config: Config, device: str, **more) -> None:
-    """config.json: the options, the device, versions and the git commit that made the run."""
+def lock_run_folder(config: Config, stack: contextlib.ExitStack) -> str:
+    """Choose the folder of a run and lock it until `stack` ends.
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:  # git is not installed
-            return ""
+    It is --out, or else runs/<version>-L<layers> (runs/<system> for a compared system), with a
+    number behind it if that is taken, be it by a run that starts at this moment.
+    """
+    if config.out:
+        stack.enter_context(lock_folder(Path(config.out)))
+        return config.out
 
-    changed = "+changes" if git("status", "--porcelain", "-uno") else ""
-    about = {
-        "commit": git("rev-parse", "HEAD") + changed,
-        "python": platform.python_version(),
-        **{m.__name__: str(m.__version__) for m in (torch, np, scipy, nibabel, pd)},
-        "platform": platform.platform(),
-    }
-    write_json(run / "config.json", {"config": plain(config), "ran_on": device, **more, **about})
+    name = config.version
+    if not system_of(config):
+        name += "-L" + ("".join(map(str, config.shared)) or "none")
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        if not (folder / "config.json").exists():
+            with contextlib.suppress(FolderBusy):
+                stack.enter_context(lock_folder(folder))
+                return str(folder)
 
+
+def is_finished(run: Path, epochs: int) -> bool:
+    """Whether the run has the test results of so many epochs."""
+    return (run / "summary.json").exists() and load_summary(run)["epochs"] == epochs
+
+
+def can_resume(run: Path, config: Config) -> bool:
+    """Whether there is a run to go on with. Raises UserError rather than overwrite or mix runs."""
+    remove_stale_files(run)
+    last = run / "last.pt"
+    tested = (run / "summary.json").exists()
+    if not last.exists() and not tested:
+        return False
+    if not config.resume:
+        raise UserError(f"{run}: holds a run already. Add --resume, or choose another --out.")
+
+    if not last.exists() and not is_finished(run, config.epochs):
+        finding = "has summary.json but no last.pt (a search removes it when a trial ends)"
+        raise UserError(f"{run}: {finding}. Use another --out.")
+    checkpoint = load_checkpoint(last if last.exists() else run / "best.pt")
+    refuse_changed_options(run, checkpoint["config"], to_dict(config, weights_only=True))
+    if checkpoint["epoch"] > config.epochs:
+        finding = f"has {checkpoint['epoch']} epochs already, more than --epochs {config.epochs}"
+        raise UserError(f"{run}: {finding}. Give more, or use another --out.")
+    return True
+
+
+def changed_options(saved: dict, now: dict) -> str:
+    """Which options differ between two configs, as to_dict gives them; "" if none does."""
+    changes = []
+    for name in sorted(saved):
+        if saved[name] != now.get(name):
+            changes.append(f"{name} was {saved[name]}, now {now.get(name)}")
+    return "; ".join(changes)
+
+
+def refuse_changed_options(run: Path, saved: dict, now: dict) -> None:
+    """Raises UserError if two configs, as to_dict gives them, differ."""
+    changes = changed_options(saved, now)
+    if changes:
+        finding = f"a run resumes with the options that it began with ({changes})"
+        raise UserError(f"{run}: {finding}. Use another --out.")
+
+
+# ------------------------------------------------------------------ the files of a run
 
 RESTORE = "Restore it, or train anew with another --out"
 TEST_AGAIN = (
     "Remove summary.json; --resume tests the run again (of a search's trial, which has no last.pt "
     "any more, remove the folder; the search trains it again)"
 )
+OUTCOME = ("val_dice", "seconds", "gpu_memory_mb")  # of summary.json and of results.csv
 
 
-def saved_config(run: Path) -> Config:
-    """The config of a run folder. Raises UserError if it is missing or not one of ours."""
+def save_config(run: Path, config: Config, device: str, **extra) -> None:
+    """Write config.json: the options, the device, versions and the git commit of the code."""
+    record = {"config": to_dict(config), "ran_on": device, **extra, "commit": git_commit()}
+    record["python"] = platform.python_version()
+    for module in (torch, np, scipy, nibabel, pd):
+        record[module.__name__] = str(module.__version__)
+    record["platform"] = platform.platform()
+    write_json(run / "config.json", record)
 
-    def take(saved: dict) -> Config:
-        config = as_config(saved["config"])
+
+def git_commit() -> str:
+    """The commit of this code, with +changes if its files differ from it; "" without git."""
+    words = ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    git = ["git", "-C", str(Path(__file__).parent), *words]
+    with contextlib.suppress(OSError):  # git is not installed
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+def load_config(run: Path) -> Config:
+    """The config of a run. Raises UserError if config.json is missing or not one of ours."""
+
+    def parse_config(record: dict) -> Config:
+        config = from_dict(record["config"])
         if config.kind not in DATA_NAMES:
             raise ValueError(f"saved option kind is {config.kind}")
         return config
 
-    return read_json(run / "config.json", take, RESTORE)
+    return read_json(run / "config.json", parse_config, RESTORE)
 
 
-def saved_splits(run: Path) -> dict[str, list[str]]:
+def load_splits(run: Path) -> dict[str, list[str]]:
     """The names of each part of a run. Raises UserError if splits.json is missing or damaged."""
 
-    def take(splits: dict) -> dict:
-        return {part: [f"{name:s}" for name in splits[part]] for part in PARTS}
+    def parse_splits(content: dict) -> dict[str, list[str]]:
+        splits = {}
+        for part in PARTS:
+            splits[part] = [f"{name:s}" for name in content[part]]  # an error if it is no text
+        return splits
 
-    return read_json(run / "splits.json", take, RESTORE)
+    return read_json(run / "splits.json", parse_splits, RESTORE)
+
+
+def load_summary(run: Path) -> dict:
+    """The epochs of a tested run, its OUTCOME and, as "test", the mean of each metric. Raises
+    UserError if summary.json is missing or damaged."""
+
+    def parse_summary(content: dict) -> dict:
+        means = {}
+        for name, statistics in content["systems"]["model"].items():
+            means[name] = statistics["mean"]
+        summary = {name: content.get(name) for name in ("epochs", *OUTCOME)}
+        for number in (*summary.values(), *means.values()):
+            if not isinstance(number, (int, float, type(None))):
+                raise TypeError("text in place of a number")
+        return {**summary, "test": means}
+
+    return read_json(run / "summary.json", parse_summary, TEST_AGAIN)
+
+
+def load_result(run: Path) -> dict:
+    """What train() returns, from the summary.json of a finished run."""
+    summary = load_summary(run)
+    del summary["seconds"], summary["gpu_memory_mb"]
+    return {"run": str(run), **summary}
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -235,8 +399,8 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path, *needed: str) -> dict:
-    """A checkpoint of plain types and tensors, with a network, its epoch and all that is `needed`.
-    Raises UserError if it is missing or damaged."""
+    """A checkpoint of plain types and tensors, with a network, its config and epoch and all that is
+    `needed`. Raises UserError if it is missing or damaged."""
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint. Train the run first.")
     numbers = {"epoch": int, "best_dice": float, "val_dice": float}
@@ -244,209 +408,192 @@ def load_checkpoint(path: Path, *needed: str) -> dict:
         with zipfile.ZipFile(path) as file:  # torch.load does not test the checksums
             if file.testzip():
                 raise ValueError("its checksum is wrong")
+
         content = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("model", "epoch", *needed):
+        for name in ("model", "config", "epoch", *needed):
             if not isinstance(content[name], numbers.get(name, dict)):
                 raise TypeError(f"its {name} is a {type(content[name]).__name__}")
         return content
 
 
 def write_metrics(run: Path, rows: list[dict]) -> None:
-    """metrics.csv: a row per epoch; empty where an epoch has no such value."""
+    """Write metrics.csv: a row per epoch, a field being empty where the epoch has no such value."""
     with atomic(run / "metrics.csv") as file:
         file.write(pd.DataFrame(rows).to_csv(index=False).encode())
 
 
 def read_metrics(run: Path, epochs: float = math.inf) -> list[dict]:
-    """The rows of metrics.csv up to `epochs`, [] without the file. Raises UserError if damaged."""
+    """The rows of metrics.csv up to `epochs`; [] without the file. Raises UserError if damaged."""
     path = run / "metrics.csv"
     if not path.exists():
         return []
     with reading(path, "Restore it; if it is removed, --resume goes on without these rows"):
-        frame = pd.read_csv(path).astype({"epoch": int})  # neither text nor NaN
+        frame = pd.read_csv(path).astype({"epoch": int})  # an error if it is text or empty
         if not frame["epoch"].is_monotonic_increasing or frame["seconds"].isna().any():
             raise ValueError("an epoch is missing")
-        rows = frame[frame["epoch"] <= epochs].to_dict("records")
-        return [{k: v + 0 for k, v in row.items() if not pd.isna(v)} for row in rows]
+
+        rows = []
+        for record in frame[frame["epoch"] <= epochs].to_dict("records"):
+            # "+ 0" is an error if the value is text.
+            rows.append({name: v + 0 for name, v in record.items() if not pd.isna(v)})
+        return rows
 
 
-def seconds_of(rows: list[dict]) -> float:
-    """How long the epochs of these rows of metrics.csv took, with their validation."""
+def training_seconds(rows: list[dict]) -> float:
+    """The seconds that the epochs of these rows of metrics.csv took, with their validation."""
     return sum(row["seconds"] + row.get("val_seconds", 0) for row in rows)
 
 
-def most_gpu_memory(rows: list[dict]) -> float | None:
+def peak_gpu_memory(rows: list[dict]) -> float | None:
     """The most MB that an epoch of these rows took on a GPU, None without one."""
     return max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None
 
 
-def terms_of(names) -> list[str]:
-    """The weighted loss terms among the columns of metrics.csv: all that is nothing else."""
+def loss_term_names(columns) -> list[str]:
+    """The weighted loss terms among the columns of metrics.csv."""
     others = {"epoch", "lr", "loss", "theta", "patches_per_s", "data_wait", "seconds"}
-    return [n for n in names if n not in others and not n.startswith(("grad_", "val_", "gpu_"))]
+    prefixes = ("grad_", "val_", "gpu_")
+    return [name for name in columns if name not in others and not name.startswith(prefixes)]
 
 
-def is_finished(run: Path, epochs: int) -> bool:
-    """Whether the run has the test results of so many epochs."""
-    return (run / "summary.json").exists() and saved_summary(run)["epochs"] == epochs
+# ------------------------------------------------------------------ a trained run
 
 
-def saved_summary(run: Path) -> dict:
-    """Of summary.json OUTCOME, epochs and, as test, the mean of each metric. Raises UserError."""
+class LoadedRun(NamedTuple):
+    """A trained network on its device, with the config to use it by."""
 
-    def take(summary: dict) -> dict:
-        means = {name: value["mean"] for name, value in summary["systems"]["model"].items()}
-        told = {name: summary.get(name) for name in ("epochs", *OUTCOME)}
-        if not all(isinstance(n, (int, float, type(None))) for n in {**told, **means}.values()):
-            raise TypeError("text in place of a number")
-        return told | {"test": means}
-
-    return read_json(run / "summary.json", take, TEST_AGAIN)
+    model: Network
+    config: Config
+    device: torch.device
+    checkpoint: dict  # epoch, val_dice (None where it is not known), model, config
 
 
-def difference(saved: dict, now: dict) -> str:
-    """Which options differ between two plain configs, in words; empty if none does."""
-    changed = sorted(name for name in saved if saved[name] != now.get(name))
-    return "; ".join(f"{name} was {saved[name]}, now {now.get(name)}" for name in changed)
+def load_run(run: Path, checkpoint: str, given: dict) -> LoadedRun:
+    """Open a trained run. checkpoint: "best" or "last"; given: options to use in place of the run's
+    own. Raises UserError."""
+    needed = ["val_dice"] if checkpoint == "best" else []
+    weights = load_checkpoint(run / f"{checkpoint}.pt", *needed)
+    saved = load_config(run)
+    changes = changed_options(weights["config"], to_dict(saved, weights_only=True))
+    if changes:
+        finding = f"config.json is not that of {checkpoint}.pt ({changes})"
+        raise UserError(f"{run}: {finding}. {RESTORE}.")
+    val_dice = weights.get("val_dice", math.nan)  # of last.pt it is not known
+    weights["val_dice"] = None if math.isnan(val_dice) else val_dice
 
-
-def refuse_settings(run: Path, saved: dict, now: dict) -> None:
-    """Raises UserError if two plain configs differ."""
-    if what := difference(saved, now):
-        raise UserError(f"{run}: a run goes on with its own settings ({what}). Use another --out.")
-
-
-def can_go_on(run: Path, config: Config) -> bool:
-    """Whether the run goes on from what it has. Raises UserError rather than overwrite or mix."""
-    sweep(run)
-    last, best = run / "last.pt", run / "best.pt"
-    ended = [name for name in ("summary.json", "stopped.json") if (run / name).exists()]
-    if not (last.exists() or ended):
-        return False
-    if not config.resume:
-        raise UserError(f"{run}: holds a run already. Add --resume, or choose another --out.")
-    if not last.exists() and not is_finished(run, config.epochs):
-        why = f"has {ended[0]} but no last.pt to go on from (a search removes it when a trial ends)"
-        raise UserError(f"{run}: {why}. Use another --out.")
-    checkpoint = load_checkpoint(last if last.exists() else best, "config")
-    refuse_settings(run, checkpoint["config"], plain(config, weights_only=True))
-    before, done = saved_config(run).epochs, checkpoint["epoch"]
-    if config.schedule in ("poly", "cosine") and before != config.epochs:
-        why = f"was laid out for {before} epochs; going on to {config.epochs} would be neither"
-        raise UserError(f"{run}: --schedule {config.schedule} {why}. Use another --out.")
-    if done > config.epochs:
-        raise UserError(f"{run}: has {done} epochs already, more than --epochs {config.epochs}.")
-    return True
-
-
-def result_of(run: Path) -> dict:
-    """What train() returns, from the summary.json of a finished run."""
-    summary = saved_summary(run)
-    return {"run": str(run)} | {name: summary[name] for name in ("epochs", "val_dice", "test")}
-
-
-def load_run(run: Path, checkpoint: str, given: dict):
-    """Model, config, device and checkpoint of a trained run, with the options `given` in place of
-    the run's. checkpoint: "best" or "last". Raises UserError."""
-    weights = load_checkpoint(run / f"{checkpoint}.pt", *["val_dice"] * (checkpoint == "best"))
-    saved = saved_config(run)
-    if what := difference(weights.get("config", {}), plain(saved, weights_only=True)):
-        raise UserError(f"{run}: config.json is not that of {checkpoint}.pt ({what}). {RESTORE}.")
-    dice_then = weights.pop("val_dice", math.nan)  # last.pt has none
-    weights["val_dice"] = None if math.isnan(dice_then) else dice_then
-    with reading(run / "config.json", RESTORE):  # its version, and what that does not read
-        resolve(saved, saved.kind, phantom=saved.data is None)
-    if not options.tasks(saved, saved.kind).organs:  # it may stand beside one that reads them
-        given = {name: value for name, value in given.items() if name != "organs"}
+    # An error in what was saved is the file's; one in what is given is the command's.
+    with reading(run / "config.json", RESTORE):
+        resolve(saved, saved.kind, simulated=saved.data is None)
+    if not variant_for(saved, saved.kind).organ_branch:
+        given = {**given, "organs": None}  # --organs is for a v5 that is opened beside this run
     config = replace(saved, **given)
-    config = resolve(config, config.kind, phantom=config.data is None)
+    config = resolve(config, config.kind, simulated=config.data is None)
+
     device = choose_device(config.device)
-    if "amp" not in given and device.type != read_json(run / "config.json").get("ran_on"):
-        config = replace(config, amp="auto")  # trained on another kind of device
+    trained_on = read_json(run / "config.json").get("ran_on")
+    if "amp" not in given and device.type != trained_on:
+        config = replace(config, amp="auto")
     model = build_model(config)
     config = choose_amp(config, device, model)
-    use_threads(config.threads, lambda text: print(text, file=sys.stderr))
+    set_threads(config.threads, lambda text: print(text, file=sys.stderr))
+
     with reading(run / f"{checkpoint}.pt", "It must fit config.json: do not mix runs"):
         model.load_state_dict(weights["model"])
-    return model.to(device, memory_format=torch.channels_last_3d), config, device, weights
+    model = model.to(device, memory_format=torch.channels_last_3d)
+    return LoadedRun(model, config, device, weights)
 
 
 # ------------------------------------------------------------------ the files of a search
 
-ENDED = ("done", "stopped")
+# Options that are columns of results.csv.
 SETTINGS = [name for name in OPTIONS if name not in ("out", "resume", "check", "organ_names")]
-OUTCOME = ("epochs_done", "val_dice", "seconds", "gpu_memory_mb")
 
 
-def look(run: Path, epochs: int) -> dict:
-    """What a trial's folder says: its status and why, and what came out so far. Whatever is wrong
-    with the files of one trial, it must not end the search or the report."""
-    found = dict.fromkeys(OUTCOME) | {"reason": "", "epochs_done": 0}
+def load_trial_record(run: Path) -> dict:
+    """trial.json: "searches" that asked for the trial, its "config" as a Config, and "studies", a
+    hash of them. Raises UserError if it is missing or damaged."""
+
+    def parse_record(record: dict) -> dict:
+        return {
+            **record,
+            "searches": [f"{name:s}" for name in record["searches"]],  # an error if it is no text
+            "studies": f"{record['studies']:s}",
+            "config": from_dict(record["config"]),
+        }
+
+    return read_json(run / "trial.json", parse_record, "The search's command writes it again")
+
+
+def trial_status(run: Path, epochs: int) -> dict:
+    """A trial's status (done, failed, unfinished or waiting), its reason, epochs_done and OUTCOME.
+
+    Whatever is wrong with the files of one trial must not end the search or its report: such a
+    trial has failed.
+    """
+    status = {"status": "waiting", "reason": "", "epochs_done": 0, **dict.fromkeys(OUTCOME)}
     try:
         if is_finished(run, epochs):
-            summary = saved_summary(run)
-            found |= {name: summary[name] for name in OUTCOME} | {"epochs_done": epochs}
-            found |= {f"test_{name}": mean for name, mean in summary["test"].items()}
-            return found | {"status": "done"}
-        if rows := read_metrics(run, epochs):
-            found |= {
-                "epochs_done": rows[-1]["epoch"],
-                "val_dice": max((r["val_dice"] for r in rows if "val_dice" in r), default=None),
-                "seconds": round(seconds_of(rows), 1),
-                "gpu_memory_mb": most_gpu_memory(rows),
-            }
-        if (run / "stopped.json").exists():
-            reason = f"by ASHA after epoch {read_json(run / 'stopped.json')['epoch']}"
-            return found | {"status": "stopped", "reason": reason}
+            summary = load_summary(run)
+            status |= {"status": "done", "epochs_done": epochs}
+            for name in OUTCOME:
+                status[name] = summary[name]
+            for name, mean in summary["test"].items():
+                status[f"test_{name}"] = mean
+            return status
+
+        rows = read_metrics(run, epochs)
+        if rows:
+            dices = [row["val_dice"] for row in rows if "val_dice" in row]
+            status["epochs_done"] = rows[-1]["epoch"]
+            status["val_dice"] = max(dices, default=None)
+            status["seconds"] = round(training_seconds(rows), 1)
+            status["gpu_memory_mb"] = peak_gpu_memory(rows)
+        if (run / "config.json").exists():
+            status["status"] = "unfinished"
         if (run / "failed.txt").exists():
-            first = (run / "failed.txt").read_text(errors="replace").partition("\n")[0]
-            return found | {"status": "failed", "reason": first}
-        return found | {"status": "unfinished" if (run / "config.json").exists() else "waiting"}
+            message = (run / "failed.txt").read_text(errors="replace")
+            status |= {"status": "failed", "reason": message.partition("\n")[0]}
     except Exception as error:
-        reason = f"damaged folder: {type(error).__name__}: {error}".splitlines()[0]
-        return found | {"status": "failed", "reason": reason}
+        reason = f"damaged folder: {type(error).__name__}: {error}".partition("\n")[0]
+        status |= {"status": "failed", "reason": reason}
+    return status
 
 
-def read_record(run: Path) -> dict:
-    """trial.json: searches that asked for the trial, its config, a hash of its studies. Raises
-    UserError."""
-
-    def take(record: dict) -> dict:
-        searches = [f"{name:s}" for name in record["searches"]]
-        kept = {"searches": searches, "studies": f"{record['studies']:s}"}
-        return record | kept | {"config": as_config(record["config"])}
-
-    return read_json(run / "trial.json", take, "The search's command writes it again")
-
-
-def row_of(run: Path) -> dict:
-    """A row of results.csv: every setting that the trial reads, what came out, and the folder;
-    beside it `config`, None where trial.json is damaged."""
+def trial_row(run: Path) -> dict:
+    """A row of results.csv: every option that the trial's version has a use for, and its
+    trial_status. Beside it "config", None where trial.json is damaged."""
     row = {"trial": run.name, "search": "unknown", "status": "failed", "reason": ""}
-    row |= dict.fromkeys((*SETTINGS, "studies", *OUTCOME, "config"))
+    row |= dict.fromkeys((*SETTINGS, "studies", "epochs_done", *OUTCOME, "config"))
     try:
-        record = read_record(run)
+        record = load_trial_record(run)
     except UserError as error:
         return row | {"reason": f"damaged folder: {error}"}
+
     config = record["config"]
-    used = options.reads(config, config.kind)
-    row |= {n: options.in_words(getattr(config, n)) for n in SETTINGS if used[n] or n == "phi"}
-    row |= {"search": " ".join(record["searches"]), "studies": record["studies"]}
-    return row | {"config": config} | look(run, config.epochs)
+    applies = applicable_options(config, config.kind)
+    for name in SETTINGS:
+        if applies[name] or name == "phi":
+            row[name] = format_value(getattr(config, name))
+    row |= {"search": " ".join(record["searches"]), "studies": record["studies"], "config": config}
+    return row | trial_status(run, config.epochs)
 
 
-def read_trials(folder: Path, running=()) -> pd.DataFrame:
-    """The trials of a search folder, a row_of each, also written as results.csv; and `run`, the
-    folder, and `dice`, the test Dice in %, for MRI of the whole tumour. running: names of trials
-    that train now. Raises UserError if the folder holds no trials."""
-    trials = pd.DataFrame([row_of(f.parent) for f in sorted(folder.glob("*/trial.json"))])
-    if trials.empty:
+def read_trials(folder: Path) -> pd.DataFrame:
+    """The trials of a search folder: a trial_row each, which are also written as results.csv, with
+    "run", the trial's folder, and "dice", its test Dice in % (MRI: of the whole tumour). Raises
+    UserError if the folder holds no trials.
+    """
+    records = sorted(folder.glob("*/trial.json"))
+    if not records:
         raise UserError(f"{folder}: no trials of a search. Give the folder of one.")
-    now = trials["trial"].isin(list(running)) & ~trials["status"].isin(ENDED)
-    trials.loc[now, ["status", "reason"]] = "running", ""
-    with contextlib.suppress(OSError), atomic(folder / "results.csv") as file:  # or the next time
+    trials = pd.DataFrame([trial_row(record.parent) for record in records])
+
+    # A full disk must not end the report; results.csv is written again with the next.
+    with contextlib.suppress(OSError), atomic(folder / "results.csv") as file:
         file.write(trials.drop(columns="config").to_csv(index=False).encode())
-    trials["run"], trials["dice"] = [folder / name for name in trials["trial"]], np.nan
+
+    trials["run"] = [record.parent for record in records]
+    trials["dice"] = np.nan
     for name in ("test_dice", "test_dice_whole"):
         if name in trials:
             trials["dice"] = trials["dice"].fillna(100 * trials[name].astype(float))

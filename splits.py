@@ -1,4 +1,4 @@
-"""Which studies train, validate and test: folds by patient, or a file that names them."""
+"""Which studies train, validate and test: folds by patient, or a file that names the studies."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,104 +6,146 @@ from pathlib import Path
 import numpy as np
 
 from cache import Case
-from files import UserError, read_json
+from common import UserError, read_json
 
 PARTS = ("train", "val", "test")
 
 
 def make_splits(cases: list[Case], folds: int = 5, fold: int = 0, seed: int = 0) -> dict:
-    """Names of the studies by part: test is fold `fold` of `folds`, val a tenth of the rest.
+    """The names of the studies by part: fold `fold` tests, a tenth of the others validates.
 
-    All studies of a patient fall into one part; patients with and without tumour are dealt
+    All studies of a patient fall into one part. Patients with and without a lesion are dealt
     separately, so that every fold has its share of both. Raises UserError if a part stays empty.
     """
     if not 0 <= fold < folds or folds < 2:
-        why = "folds count from 0, and 2 is the least"
-        raise UserError(f"--fold {fold} of --folds {folds}: {why}.")
-    dealt = deal(cases, seed)
-    test = dealt[fold::folds]
-    splits = hold_out([patient for patient in dealt if patient not in test], cases)
-    splits["test"] = names_of(test, cases)
-    if len(dealt) < folds or not all(splits.values()):
-        why = f"too few for {folds} folds: each of train, val and test needs one"
-        remedy = "Add studies, use fewer --folds or give --splits"
-        raise UserError(f"{len(dealt)} patients are {why}. {remedy}.")
+        raise UserError(
+            f"--fold {fold} of --folds {folds}: there must be at least 2 folds, counted from 0."
+        )
+
+    patients = shuffle_patients(cases, seed)
+    tested = patients[fold::folds]
+    others = [patient for patient in patients if patient not in tested]
+    splits = hold_out(others, cases)
+    splits["test"] = study_names(tested, cases)
+
+    if len(patients) < folds or not all(splits.values()):
+        raise UserError(
+            f"{len(patients)} patients are too few for {folds} folds: each of train, val and test "
+            "needs one. Add studies, use fewer --folds or give --splits."
+        )
     return splits
 
 
-def by_tumour(patients: list[str], cases: list[Case]) -> list[list[str]]:
-    """Those with a lesion in any study, and those without."""
-    ill = {case.patient for case in cases if case.has_lesion}
-    return [[p for p in patients if (p in ill) == sick] for sick in (True, False)]
+def group_by_lesion(patients: list[str], cases: list[Case]) -> tuple[list[str], list[str]]:
+    """The patients with a lesion in any of their studies, and those without."""
+    positive = {case.patient for case in cases if case.has_lesion}
+    with_lesion = []
+    without_lesion = []
+    for patient in patients:
+        group = with_lesion if patient in positive else without_lesion
+        group.append(patient)
+    return with_lesion, without_lesion
 
 
-def deal(cases: list[Case], seed: int) -> list[str]:
-    """Tumour patients, then healthy ones, each shuffled: dealing in turn spreads both."""
-    patients = list(dict.fromkeys(c.patient for c in sorted(cases, key=lambda c: c.name)))
+def shuffle_patients(cases: list[Case], seed: int) -> list[str]:
+    """The patients with a lesion, shuffled, then those without: every n-th is a share of both."""
+    by_name = sorted(cases, key=lambda case: case.name)  # The order on disk does not matter.
+    patients = list(dict.fromkeys(case.patient for case in by_name))
     rng = np.random.default_rng(seed)
-    return [own[i] for own in by_tumour(patients, cases) for i in rng.permutation(len(own))]
+
+    shuffled = []
+    for group in group_by_lesion(patients, cases):
+        for index in rng.permutation(len(group)):
+            shuffled.append(group[index])
+    return shuffled
 
 
 def hold_out(patients: list[str], cases: list[Case]) -> dict[str, list[str]]:
-    """The studies that train and those of a tenth of the patients that validate: of those with and
-    without tumour at least one each, but the last of a kind trains."""
+    """The names of the studies that train, and of those of a tenth of the patients to validate.
+
+    At least one patient with and one without a lesion validates, unless it is the only one.
+    """
     val = []
-    for own in by_tumour(patients, cases):
-        val += own[: min(-(-len(own) // 10), len(own) - 1)]
-    val = val or (patients[:1] if len(patients) > 1 else [])
+    for group in group_by_lesion(patients, cases):
+        tenth = -(-len(group) // 10)  # rounded up
+        val += group[: min(tenth, len(group) - 1)]
+    if not val and len(patients) > 1:
+        val = patients[:1]
+
     train = [patient for patient in patients if patient not in val]
-    return {"train": names_of(train, cases), "val": names_of(val, cases)}
+    return {"train": study_names(train, cases), "val": study_names(val, cases)}
 
 
-def names_of(patients: list[str], cases: list[Case]) -> list[str]:
-    return sorted(case.name for case in cases if case.patient in {*patients})
+def study_names(patients: list[str], cases: list[Case]) -> list[str]:
+    """The sorted names of all studies of the patients."""
+    return sorted(case.name for case in cases if case.patient in patients)
 
 
 def read_splits(path: Path, cases: list[Case], fold=0, skip_bad=False, say=print) -> dict:
-    """A splits file: {"train": [...], "val": [...], "test": [...]} of study names, or nnU-Net's
-    splits_final.json, of whose `fold` val is the test part and a tenth of train's patients
-    validates. skip_bad: names that are not among `cases` are left out, and said.
+    """Read the names of the studies by part from a file.
+
+    The file is {"train": [...], "val": [...], "test": [...]} or nnU-Net's splits_final.json, a list
+    of folds. There the val part of `fold` becomes the test part, and a tenth of the patients of its
+    train part validates. skip_bad: names that are not among the cases are left out, with a line.
 
     Raises UserError for a missing part, an unknown study, or a patient in two parts.
     """
-    splits = read_json(path)
-    nnunet = isinstance(splits, list) and splits
-    if fold and not nnunet:
-        raise UserError(f"--fold {fold} has no effect on {path}, which is one split. Leave it out.")
-    if nnunet:
-        if not 0 <= fold < len(splits):
-            raise UserError(f"{path}: has {len(splits)} folds. Give a --fold below, from 0.")
-        splits = splits[fold]
-    wanted = ("train", "val") if nnunet else PARTS
-    if not isinstance(splits, dict) or set(splits) != set(wanted):
-        keys = ", ".join(wanted)
+    content = read_json(path)
+    is_nnunet = isinstance(content, list) and len(content) > 0
+    if fold and not is_nnunet:
+        raise UserError(f"--fold {fold} has no effect on {path}: it is one split. Leave it out.")
+    if is_nnunet and not 0 <= fold < len(content):
+        raise UserError(f"{path}: has {len(content)} folds. Give a --fold below, from 0.")
+
+    splits = content[fold] if is_nnunet else content
+    check_form(path, splits, ("train", "val") if is_nnunet else PARTS)
+
+    patients = {case.name: case.patient for case in cases}
+    unknown = sorted(set(sum(splits.values(), [])) - set(patients))
+    if unknown:
+        first = unknown[0]
+        problem = f"{path}: {len(unknown)} studies are not in the data, the first is {first}"
+        if not skip_bad:
+            raise UserError(f"{problem}. Correct the names or --data.")
+        say(f"splits     {problem}: left out")
+        for part, names in splits.items():
+            splits[part] = [name for name in names if name in patients]
+    check_parts(path, splits, patients)
+
+    # In a fold of nnU-Net, val is what is not trained on: it tests, and others validate.
+    if is_nnunet:
+        trained = [case for case in cases if case.name in splits["train"]]
+        held_out = hold_out(shuffle_patients(trained, seed=0), trained)
+        splits = {**held_out, "test": splits["val"]}
+    for part, names in splits.items():
+        if not names:
+            raise UserError(f"{path}: {part} is empty. Give it at least one study.")
+    return splits
+
+
+def check_form(path: Path, splits, parts: tuple[str, ...]) -> None:
+    """Raise UserError unless splits are lists of names of studies, one for each part."""
+    if not isinstance(splits, dict) or set(splits) != set(parts):
+        keys = ", ".join(parts)
         raise UserError(f"{path}: expected the keys {keys}, each a list of studies. Correct it.")
     for part, names in splits.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path}: {part} is not a list of studies. Correct it.")
-    patients = {case.name: case.patient for case in cases}
-    if unknown := sorted({name for names in splits.values() for name in names} - patients.keys()):
-        what = f"{path}: {len(unknown)} studies are not in the data, the first is {unknown[0]}"
-        if not skip_bad:
-            raise UserError(f"{what}. Correct the names or --data.")
-        say(f"splits     {what}: left out")
-        splits = {part: [n for n in names if n in patients] for part, names in splits.items()}
-    check_parts(path, splits, patients)
-    if nnunet:
-        chosen = [case for case in cases if case.name in splits["train"]]
-        splits = hold_out(deal(chosen, seed=0), chosen) | {"test": splits["val"]}
-    if empty := [part for part, names in splits.items() if not names]:
-        raise UserError(f"{path}: {empty[0]} is empty. Give it at least one study.")
-    return splits
 
 
 def check_parts(path: Path, splits: dict[str, list[str]], patients: dict[str, str]) -> None:
-    """Raises UserError for a study that is there twice, or a patient in two parts."""
-    part_of: dict[str, str] = {}
+    """Raise UserError for a study that is named twice, or a patient in two parts.
+
+    patients: the patient of each study by its name.
+    """
+    part_of_patient: dict[str, str] = {}
     for part, names in splits.items():
         for name, count in Counter(names).items():
             if count > 1:
                 raise UserError(f"{path}: {name} is in {part} twice. Take one out.")
-            if (other := part_of.setdefault(patients[name], part)) != part:
-                what = f"patient {patients[name]} is in {other} and in {part}"
-                raise UserError(f"{path}: {what}. Keep all studies of a patient together.")
+
+            patient = patients[name]
+            first_part = part_of_patient.setdefault(patient, part)
+            if first_part != part:
+                problem = f"patient {patient} is in {first_part} and in {part}"
+                raise UserError(f"{path}: {problem}. Keep all studies of a patient together.")

@@ -1,10 +1,10 @@
-"""Studies as they lie on disk: the layouts of their folders, and reading and checking one of them.
+"""Studies as they lie on disk: find them in a folder, read them and check them.
 
-    python studies.py DIR      what a folder holds, and everything that is wrong with it
+    python studies.py DIR      print what a folder holds, and everything that is wrong with it
 
-A new layout is a row of LAYOUTS: what lies there, and a generator of its studies as they should
-be, none in other folders. find_studies finds what is missing, read_study what is wrong in files,
-judge what cannot be right in their values.
+A new layout of folders is a row of LAYOUTS and a generator of its studies. The generator yields
+each study as it should be, even if files are missing, and nothing in folders of other layouts.
+find_studies finds missing files, read_study damaged ones, check_values impossible values.
 """
 
 import gzip
@@ -12,7 +12,6 @@ import math
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,19 +21,157 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 
-from checks import ALLOWABLE, doubts, measure
-from files import Parser, UserError, command_line, progress, read_json
+from checks import failed_checks, measure_images
+from common import Parser, UserError, command_line, progress, read_json, reading
 
-nib.imageglobals.logger.setLevel("CRITICAL")  # bad headers are reported by our own check
+nib.imageglobals.logger.setLevel("CRITICAL")  # Bad headers are reported by our own checks.
 
-TOLERANCE_MM = 0.5  # how far corners of images of one study may lie apart
-NIFTI, END = (".nii.gz", ".nii"), re.compile(r"\.nii(\.gz)?$")
-CHANNEL_NAMES = {  # of ct and pet in dataset.json, lower case, letters and digits only
+TOLERANCE_MM = 0.5  # Corners of the images of one study may lie this far apart.
+Classes = tuple[tuple[int, int], ...]  # Pairs of a value in a label file and our class.
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with the data."""
+
+    file: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}. {self.remedy}."
+
+
+class BadStudy(Exception):
+    """Raised with the findings of one study as its arguments."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        return list(self.args)
+
+
+class Source(NamedTuple):
+    """An image on disk: a 3D file, or one channel of a 4D file."""
+
+    path: Path
+    channel: int | None = None
+    channels: int | None = None  # The number of channels that the 4D file must have.
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study as it lies on disk. For MRI the slot ct holds FLAIR and pet holds T1Gd."""
+
+    name: str
+    patient: str | None  # None, which only layouts yield: names do not tell the patient.
+    kind: str  # A key of preprocess.PREPROCESSING.
+    ct: Source
+    pet: Source
+    label: Path | None
+    classes: Classes = ((0, 0), (1, 1))
+    organs: Path | None = None  # Set by organs.py, which reads the map.
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The images by slot: pet, ct and, where the study has them, label and organs."""
+        sources = {"pet": self.pet, "ct": self.ct}
+        if self.label:
+            sources["label"] = Source(self.label)
+        if self.organs:
+            sources["organs"] = Source(self.organs)
+        return sources
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the images, each once."""
+        return list(dict.fromkeys(source.path for source in self.sources.values()))
+
+
+class StudyFolder(NamedTuple):
+    """The content of a folder of studies, as find_studies returns it."""
+
+    root: Path
+    kind: str
+    layout: str
+    studies: list[Study]
+    findings: list[Finding]
+    patients_known: bool  # False: the layout does not tell which studies share a patient.
+    notes: list[str]  # How the folder was understood, for the user.
+
+
+class Channels(NamedTuple):
+    """The numbers of the channels that hold ct and pet, and the kind of data that they tell."""
+
+    kind: str
+    ct: int
+    pet: int
+
+
+class Request(NamedTuple):
+    """What is asked of a folder beside its path."""
+
+    labelled: bool = True  # Every study needs a mask.
+    channels: Channels | None = None  # In place of the names in dataset.json.
+    lesion_labels: tuple[int, ...] = ()  # Values of lesions, in place of the labels' names.
+
+
+# ------------------------------------------------------------------ files and folders
+
+NIFTI_END = re.compile(r"\.nii(\.gz)?$")
+
+
+def nifti(folder: Path, stem: str) -> Path:
+    """The path of folder/stem.nii.gz or .nii, whichever exists; the former if neither does."""
+    compressed = folder / f"{stem}.nii.gz"
+    plain = folder / f"{stem}.nii"
+    return plain if plain.exists() and not compressed.exists() else compressed
+
+
+def stems(folder: Path) -> list[str]:
+    """The sorted names of the NIfTI files in a folder, without .nii.gz or .nii.
+
+    Hidden files are left out: archives that were packed on a Mac hold some that are no images.
+    """
+    names = [path.name for path in folder.glob("[!.]*") if NIFTI_END.search(path.name)]
+    return sorted(NIFTI_END.sub("", name) for name in names)
+
+
+def walk_folders(root: Path) -> Iterator[Path]:
+    """Yield root and all folders below it. Links are followed, but each folder is seen once."""
+    seen = set()
+    for path, names, _ in os.walk(root, followlinks=True):
+        real = Path(path).resolve()
+        if real in seen:
+            names.clear()  # os.walk does not descend into names that are taken out.
+            continue
+        seen.add(real)
+        names[:] = sorted(name for name in names if name[0] != "." and name != "__MACOSX")
+        yield Path(path)
+
+
+def missing_or_ambiguous(path: Path, study_name: str) -> Iterator[Finding]:
+    """What is wrong with a file before it is opened."""
+    if not path.exists():
+        yield Finding(str(path), "missing file", f"Copy it there, or take {study_name} out")
+    elif not path.is_file():  # Reading a pipe would wait for ever.
+        yield Finding(str(path), "not a file", f"Replace it, or take {study_name} out")
+
+    if path.suffix == ".gz" and path.with_suffix("").exists():
+        yield Finding(str(path), "there as .nii and as .nii.gz", "Keep one of the two")
+
+
+# ------------------------------------------------------------------ dataset.json
+
+# Patterns of the names of ct and pet in dataset.json, in lower case without spaces and signs.
+CHANNEL_NAMES = {
     "petct": (r"ct|ctres", r"pet|suv|pt|petsuv|suvbw|fdgpet|psmapet"),
     "mri": (r"flair|t2flair|t2f", r"t1gd|t1ce|t1c|t1wce"),
 }
-LABEL_NAMES = {  # the first pattern in a label's name tells its class; MRI: 1 edema, 2 core
+
+# The class of a label is that of the first pattern in its name. For PET/CT class 1 is lesion, and
+# every other name is background; for MRI 1 is edema and 2 the tumour core.
+LABEL_NAMES = {
     "petct": (
         (1, r"(?<!no )(?<!non )(?<!peri )\b(tumou?rs?|lesions?|gtv[pn]?|cancer|metastas[ie]s)\b"),
         (0, ""),
@@ -45,605 +182,732 @@ LABEL_NAMES = {  # the first pattern in a label's name tells its class; MRI: 1 e
         (2, r"\b(core|tumou?r|necro(sis|tic)|enhancing|ncr|netc?|et)\b"),
     ),
 }
-Classes = tuple[tuple[int, int], ...]  # value in a label file -> our class
-OFFICIAL = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE)  # a patient of AutoPET
 
-
-class Finding(NamedTuple):
-    """One thing wrong with the data."""
-
-    file: str
-    found: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.found}. {self.remedy}."
-
-
-class BadStudy(Exception):
-    """Raised with the findings of one study."""
-
-    findings = property(lambda self: list(self.args))
-
-
-class Source(NamedTuple):
-    """An image on disk: a 3D file, or one channel of a 4D file."""
-
-    path: Path
-    channel: int | None = None
-    channels: int | None = None  # how many the 4D file must have
-
-
-@dataclass(frozen=True)
-class Study:
-    """One study as it lies on disk. For MRI the slot ct holds FLAIR and pet T1Gd."""
-
-    name: str
-    patient: str | None  # None, only in a reader: its layout does not tell
-    kind: str  # a key of preprocess.PREPROCESSING
-    ct: Source
-    pet: Source
-    label: Path | None
-    classes: Classes = ((0, 0), (1, 1))
-    organs: Path | None = None  # only where organs.py reads its map
-
-    @property
-    def sources(self) -> dict[str, Source]:
-        """What it is made of, by slot: pet, ct and, if there, label and organs."""
-        more = {slot: getattr(self, slot) for slot in ("label", "organs")}
-        images = {"pet": self.pet, "ct": self.ct}
-        return images | {slot: Source(path) for slot, path in more.items() if path}
-
-
-class Found(NamedTuple):
-    """What find_studies saw below a folder."""
-
-    kind: str
-    layout: str
-    studies: list[Study]
-    findings: list[Finding]
-    patients_known: bool  # False where a layout does not tell which studies share a patient
-    notes: list[str]  # what a user should know of how it was read
-
-
-class Asked(NamedTuple):
-    """What a reader is asked for beside a folder."""
-
-    labelled: bool = True  # masks are needed
-    channels: dict[int, str] = {}  # names in place of dataset.json's
-    lesions: tuple[int, ...] = ()  # values of lesions in place of what the labels' names say
-
-
-# ------------------------------------------------------------------ layouts
-
-
-def nifti(folder: Path, stem: str) -> Path:
-    """folder/stem.nii.gz or .nii, whichever exists; the former if neither does."""
-    paths = [folder / (stem + end) for end in NIFTI]
-    return next((path for path in paths if path.exists()), paths[0])
-
-
-def stems(folder: Path) -> list[str]:
-    """Its NIfTI files without their ends, sorted, and without those that archives of Macs hide."""
-    return sorted(END.sub("", f.name) for f in folder.glob("[!.]*") if END.search(f.name))
-
-
-def folders(root: Path) -> Iterator[tuple[Path, Path]]:
-    """All folders below `root`, and where they really lie; through links, but each of them once."""
-    seen = set()
-    for path, names, _ in os.walk(root, followlinks=True):
-        real = Path(path).resolve()
-        if real in seen:
-            names.clear()
-            continue
-        seen.add(real)
-        names[:] = sorted(n for n in names if not n.startswith(".") and n != "__MACOSX")
-        yield Path(path), real
-
-
-def read_tree(root: Path, asked: Asked) -> Iterator[Study]:
-    """AutoPET as TCIA distributes it."""
-    for folder, real in folders(root):
-        ct, pet, seg = (nifti(folder, stem) for stem in ("CTres", "SUV", "SEG"))
-        of_patient = re.fullmatch(r"PETCT_[0-9a-f]{10}|PSMA_[0-9a-f]{16}", folder.parent.name)
-        if of_patient or any(file.exists() for file in (ct, pet, seg)):
-            patient = real.parent.name
-            yield Study(f"{patient}/{real.name}", patient, "petct", Source(ct), Source(pet), seg)
-
-
-# How 2018-2021, then 2023 and 2024 end the names of a case's FLAIR and T1Gd, where a case's name
-# tells the patient, and the labels: necrotic core, edema, enhancing tumour, resection cavity.
-BRATS = (
-    ("flair", "t1ce", r".+", ((0, 0), (1, 2), (2, 1), (4, 2))),
-    ("t2f", "t1c", r"BraTS-\w+-\d+", ((0, 0), (1, 2), (2, 1), (3, 2), (4, 0))),
-)
-
-
-def read_brats(root: Path, asked: Asked) -> Iterator[Study]:
-    """BraTS as it is distributed: a folder for each case, perhaps below HGG and LGG."""
-    for folder, _ in folders(root):
-        ends = {re.split("[_-]", stem)[-1].lower(): stem for stem in stems(folder)}
-        for flair, t1gd, patients, classes in BRATS:
-            if not {flair, t1gd} & ends.keys():
-                continue
-            case = re.match(r"(.*[_-])?", next(iter(ends.values())))[0]
-            images = [Source(nifti(folder, ends.get(end, case + end))) for end in (flair, t1gd)]
-            masks = [stem for stem in ends.values() if "seg" in stem.lower()]
-            mask = nifti(folder, masks[0] if masks else f"{case}seg")
-            patient = re.match(patients, folder.name)
-            yield Study(folder.name, patient and patient[0], "mri", *images, mask, classes)
+# The patient at the head of a study's name in AutoPET's download, which is nnU-Net raw.
+is_autopet = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE).match
 
 
 class Dataset(NamedTuple):
-    """What a dataset.json says, and where the images and masks that it describes lie."""
+    """What a dataset.json says, and the folders of the images and masks that it describes."""
 
-    kind: str
-    slots: tuple[int, int]  # the channels of ct and pet
-    channels: int
+    channels: Channels
+    count: int  # The number of channels.
     classes: Classes
-    listed: list[str]  # cases that it names for training
+    training: list[str]  # The cases that are listed for training.
     images: Path
     masks: Path
     notes: list[str]
 
 
-def read_dataset(root: Path, asked: Asked) -> Dataset | None:
-    """The dataset.json in `root` or, as `root` may be an images folder to predict, beside it."""
-    beside = not asked.labelled and not (root / "dataset.json").exists()
-    path = (root.parent if beside else root) / "dataset.json"
-    if not path.exists():
+def read_dataset(root: Path, request: Request) -> Dataset | None:
+    """Read the dataset.json in root or, where root is an images folder to predict, beside it.
+
+    To predict, images alone will do, if they are named as nnU-Net names CT and PET. Returns None
+    for any other folder. Raises UserError if dataset.json cannot be understood.
+    """
+    beside = not request.labelled and not (root / "dataset.json").exists()
+    home = root.parent if beside else root
+    path = home / "dataset.json"
+
+    # Test images are those to predict, if there are any.
+    images = root
+    if not beside:
+        has_test_images = not request.labelled and stems(root / "imagesTs")
+        images = root / ("imagesTs" if has_test_images else "imagesTr")
+
+    notes = []
+    if path.exists():
+        content = read_json(path)
+    elif beside and any(stem.endswith("_0001") for stem in stems(root)):
+        content = {"channel_names": {"0": "CT", "1": "PET"}}
+        if not request.channels:
+            notes.append("no dataset.json: _0000 is taken for CT and _0001 for PET (or --channels)")
+    else:
         return None
-    content, notes = read_json(path), []
-    test = not asked.labelled and stems(root / "imagesTs")
-    images = root if beside else root / ("imagesTs" if test else "imagesTr")
-    masks = path.with_name("labelsTs" if images.name == "imagesTs" else "labelsTr")
-    try:
+
+    classes = ((0, 0),)  # Without masks there are no labels to understand.
+    training = []
+    expected = "Expected channel_names (or modality) and labels, both with numbers and names"
+    with reading(path, expected):
         names = content.get("channel_names") or content["modality"]
-        known = asked.channels or name_official(names, stems(images), notes)
-        kind, slots = find_channels("--channels" if asked.channels else path, known)
-        classes = ((0, 0),)  # no masks, no labels to understand
-        if asked.labelled:
-            classes = find_classes(path, kind, content["labels"], asked.lesions, notes)
-        entries = content.get("training") or []
-        entries = [Path(e["image"] if isinstance(e, dict) else e) for e in entries]
-        count = content.get("numTraining")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        expected = "channel_names (or modality) and labels, each an object of numbers and names"
-        raise UserError(f"{path}: expected {expected} ({error!r}). Correct it.") from None
-    listed = [END.sub("", e.name) for e in entries] if images.name == "imagesTr" else []
-    here = len(stems(masks))
-    if asked.labelled and count not in (None, here):  # users delete cases
-        notes.append(f"dataset.json says numTraining {count}, {here} masks are there")
-    return Dataset(kind, slots, len(names), classes, listed, images, masks, notes)
+        if request.channels:
+            channels = request.channels
+        elif list(names.values()) == ["CT", "CT"] and all(map(is_autopet, stems(images))):
+            notes.append("both channels are named CT; as AutoPET has them, 0 is CT and 1 is SUV")
+            channels = Channels("petct", 0, 1)
+        else:
+            channels = find_channels(names)
 
+        if request.labelled:
+            labels = labels_by_value(content["labels"])
+            classes = find_classes(channels.kind, labels, request.lesion_labels)
+            if len(classes) > 2:
+                notes.append(f"labels {labels} have the classes {dict(classes)}")
 
-def name_official(names: dict[str, str], files: list[str], notes: list[str]) -> dict[str, str]:
-    """The names of channels, mended where the AutoPET download calls both of its two "CT"."""
-    both_ct = [str(name).lower() for name in names.values()] == ["ct", "ct"]
-    if not (both_ct and files and all(OFFICIAL.match(file) for file in files)):
-        return names
-    notes.append("both channels are named CT; as in AutoPET's download, 0 is CT and 1 is SUV")
-    return {"0": "CT", "1": "SUV"}
-
-
-def channels_by_number(words) -> dict[int, str]:
-    """{0: "ct", 1: "pet"} of ("ct=0", "pet=1"). Raises UserError."""
-    for word in words:
-        if not re.fullmatch(r"\w+=\d+", word):
-            raise UserError(f"--channels {word}: expected names and numbers such as ct=0 pet=1.")
-    return {int(number): name for name, number in (word.split("=") for word in words)}
-
-
-def find_channels(path: Path | str, names: dict) -> tuple[str, tuple[int, int]]:
-    """Kind of data and the channels of ct and pet, by the names in dataset.json."""
-    plain = {int(i): re.sub(r"[^a-z0-9]", "", str(name).lower()) for i, name in names.items()}
-    for kind, patterns in CHANNEL_NAMES.items():
-        ct, pet = ([i for i, n in plain.items() if re.fullmatch(p, n)] for p in patterns)
-        if len(ct) == len(pet) == 1:
-            return kind, (ct[0], pet[0])
-    raise UserError(
-        f"{path}: channels are named {', '.join(map(str, names.values()))}. Name exactly one CT "
-        "and one PET (or SUV), or one FLAIR and one T1Gd (or T1ce), so that none is guessed; or "
-        "give their numbers: --channels ct=0 pet=1."
+        if images.name == "imagesTr":
+            for entry in content.get("training") or []:
+                image = entry["image"] if isinstance(entry, dict) else entry
+                training.append(NIFTI_END.sub("", Path(image).name))
+    return Dataset(
+        channels=channels,
+        count=len(names),
+        classes=classes,
+        training=training,
+        images=images,
+        masks=home / "labelsTr",
+        notes=notes,
     )
 
 
-def find_classes(path: Path, kind: str, labels: dict, lesions, notes: list[str]) -> Classes:
-    """Value in the label file -> our class, from `labels` of dataset.json in either direction. A
-    name may have several values (a region), and a value several names."""
+def find_channels(names: dict) -> Channels:
+    """Find ct and pet by the names of the channels, which are given by number.
+
+    Raises UserError unless one channel of each has a known name.
+    """
+    plain_names = {
+        int(number): re.sub("[^a-z0-9]", "", str(name).lower()) for number, name in names.items()
+    }
+    for kind, (ct_pattern, pet_pattern) in CHANNEL_NAMES.items():
+        ct = [number for number, name in plain_names.items() if re.fullmatch(ct_pattern, name)]
+        pet = [number for number, name in plain_names.items() if re.fullmatch(pet_pattern, name)]
+        if len(ct) == len(pet) == 1:
+            return Channels(kind, ct[0], pet[0])
+    raise UserError(
+        f"channels are named {', '.join(map(str, names.values()))}. Name exactly one CT and one "
+        "PET (or SUV), or one FLAIR and one T1Gd (or T1ce), so that none is guessed; or give "
+        "their numbers: --channels ct=0 pet=1."
+    )
+
+
+def parse_channels(words) -> Channels | None:
+    """The channels that words such as ("ct=0", "pet=1") name. Raises UserError for other words."""
+    names = {}
+    for word in words:
+        if not re.fullmatch(r"\w+=\d+", word):
+            raise UserError(f"--channels {word}: expected names and numbers such as ct=0 pet=1.")
+        name, number = word.split("=")
+        names[number] = name
+    return find_channels(names) if names else None
+
+
+def labels_by_value(labels: dict) -> dict[int, list[str]]:
+    """The names of each value in a label file, lower-case words, from `labels` of dataset.json.
+
+    These may be {name: value} or {value: name}. A name with several values is a region, so that a
+    value may have several names.
+    """
     names: dict[int, list[str]] = {}
-    for key, label in labels.items():
-        name, values = (label, key) if str(key).isdecimal() else (key, label)
+    for key, entry in labels.items():
+        name, values = (entry, key) if str(key).isdecimal() else (key, entry)
+        words = re.findall("[a-z0-9]+", str(name).lower())
         for value in values if isinstance(values, list) else [values]:
-            plain = " ".join(re.findall("[a-z0-9]+", str(name).lower()))
-            names.setdefault(int(value), []).append(plain)
+            names.setdefault(int(value), []).append(" ".join(words))
+    return dict(sorted(names.items()))
 
-    def refuse(why: str) -> UserError:
-        return UserError(f"{path}: labels {labels}. {why}.")
 
-    parts = {value: own for value, own in sorted(names.items()) if value}
-    if 0 not in names or any("background" in own for own in parts.values()):
-        raise refuse("Expected 0 for the background")
-    if any("ignore" in own for own in parts.values()):
-        raise refuse("Voxels to ignore are not supported: give them a label or take them out")
-    classes = {value: class_of(kind, own) for value, own in parts.items()}
-    if kind == "mri":
-        if not {1, 2} <= {*classes.values()} <= {0, 1, 2}:
-            raise refuse("Expected 0 background, edema, and tumour parts")
-    elif lesions:
-        classes = {value: int(value in lesions) for value in parts}
-    elif len({tuple(own) for own in parts.values()}) == 1:  # whatever its name
-        classes = dict.fromkeys(parts, 1)
-    if kind == "petct" and (1 not in classes.values() or not {*lesions} <= {*parts}):
-        raise refuse("Say which values are lesions: --lesion-labels 1 2")
-    own = {c: [f"{v} {' '.join(parts[v])}" for v in parts if classes[v] == c] for c in (1, 0)}
-    if kind == "petct" and own[0]:
-        notes.append(f"lesions: {', '.join(own[1])}; background: {', '.join(own[0])}")
+def find_classes(kind: str, names: dict[int, list[str]], lesion_labels=()) -> Classes:
+    """Our class of each value in a label file.
+
+    names: of each value, see labels_by_value. lesion_labels: for PET/CT, the values that are
+    lesions whatever their names. Raises UserError if a class is not clear.
+    """
+    parts = {value: words for value, words in names.items() if value}
+    if kind == "petct" and lesion_labels:
+        classes = dict.fromkeys(parts, 0) | dict.fromkeys(lesion_labels, 1)
+    elif kind == "petct" and len(set(map(tuple, parts.values()))) == 1:
+        classes = dict.fromkeys(parts, 1)  # The only label is the lesions, whatever its name.
+    else:
+        classes = {value: class_of_names(kind, words) for value, words in parts.items()}
+
+    all_names = sum(parts.values(), [])
+    remedy = None
+    if 0 not in names or any("background" in name for name in all_names):
+        remedy = "Expected 0 for the background"
+    elif any("ignore" in name for name in all_names):
+        remedy = "Voxels to ignore are not supported: give them a label or take them out"
+    elif kind == "mri" and set(classes.values()) not in ({1, 2}, {0, 1, 2}):
+        remedy = "Expected 0 background, edema, and tumour parts"
+    elif kind == "petct" and (1 not in classes.values() or classes.keys() != parts.keys()):
+        remedy = "Say which values are lesions: --lesion-labels 1 2"
+    if remedy:
+        raise UserError(f"labels {names}. {remedy}.")
     return ((0, 0), *classes.items())
 
 
-def class_of(kind: str, names: list[str]) -> int | None:
-    """The class of a value by its names, of which regions have several: core lies inside whole."""
-    rows = LABEL_NAMES[kind]
-    found = [next((c for c, words in rows if re.search(words, name)), None) for name in names]
-    return None if None in found else max(found)
+def class_of_names(kind: str, names: list[str]) -> int | None:
+    """The class of a value by its names, or None if one of them is not known.
+
+    A value of several regions belongs to the innermost: the core lies inside the whole tumour.
+    """
+    classes = []
+    for name in names:
+        matches = [number for number, words in LABEL_NAMES[kind] if re.search(words, name)]
+        if not matches:
+            return None
+        classes.append(matches[0])
+    return max(classes)
 
 
-def read_nnunet(root: Path, asked: Asked) -> Iterator[Study | str]:
-    """A file for each channel of a case. Names tell the patient as AutoPET III has them."""
-    data = read_dataset(root, asked)
-    found = stems(data.images) if data else []
-    if not any(re.search(r"_\d{4}$", stem) and stem not in data.listed for stem in found):
+# ------------------------------------------------------------------ layouts
+
+
+def read_tree(root: Path, request: Request) -> Iterator[Study]:
+    """AutoPET as TCIA distributes it: a folder for each patient, in it one for each study."""
+    for folder in walk_folders(root):
+        ct = nifti(folder, "CTres")
+        pet = nifti(folder, "SUV")
+        label = nifti(folder, "SEG")
+        patient_folder = r"PETCT_[0-9a-f]{10}|PSMA_[0-9a-f]{16}"
+        is_study = any(file.exists() for file in (ct, pet, label))
+        if is_study or re.fullmatch(patient_folder, folder.parent.name):
+            real = folder.resolve()
+            patient = real.parent.name
+            name = f"{patient}/{real.name}"
+            yield Study(name, patient, "petct", Source(ct), Source(pet), label)
+
+
+class BratsNames(NamedTuple):
+    """How some years of BraTS name the files of a case and its labels."""
+
+    flair: str  # The end of a file's name.
+    t1gd: str
+    patient: str  # The pattern of the patient at the head of a case's name.
+    classes: Classes
+
+
+BRATS = (
+    # 2018 to 2021. Labels: 1 necrotic core, 2 edema, 4 enhancing tumour.
+    BratsNames("flair", "t1ce", r".+", ((0, 0), (1, 2), (2, 1), (4, 2))),
+    # 2023 and 2024. Labels: 3 enhancing tumour, 4 resection cavity.
+    BratsNames("t2f", "t1c", r"BraTS-\w+-\d+", ((0, 0), (1, 2), (2, 1), (3, 2), (4, 0))),
+)
+
+
+def read_brats(root: Path, request: Request) -> Iterator[Study]:
+    """BraTS as it is distributed: a folder for each case, perhaps below HGG and LGG."""
+    for folder in walk_folders(root):
+        files = {re.split("[_-]", stem)[-1].lower(): stem for stem in stems(folder)}
+        for names in BRATS:
+            if names.flair not in files and names.t1gd not in files:
+                continue
+            # What is missing would begin as the files that are there.
+            end, stem = next(iter(files.items()))
+            prefix = stem[: -len(end)]
+            flair = files.get(names.flair, prefix + names.flair)
+            t1gd = files.get(names.t1gd, prefix + names.t1gd)
+            masks = [stem for stem in files.values() if "seg" in stem.lower()]
+            mask = masks[0] if masks else f"{prefix}seg"
+            patient = re.match(names.patient, folder.name)
+            yield Study(
+                name=folder.name,
+                patient=patient and patient[0],
+                kind="mri",
+                ct=Source(nifti(folder, flair)),
+                pet=Source(nifti(folder, t1gd)),
+                label=nifti(folder, mask),
+                classes=names.classes,
+            )
+
+
+def read_nnunet(root: Path, request: Request) -> Iterator[Study | str]:
+    """nnU-Net raw: a file for each channel of a case. AutoPET's names tell the patient."""
+    dataset = read_dataset(root, request)
+    if dataset is None:
         return
-    yield from data.notes
-    cases = {re.sub(r"_\d{4}$", "", stem) for stem in found}
-    cases.update(stems(data.masks) if asked.labelled else ())  # whose images may be missing
+    files = stems(dataset.images)
+    # The Decathlon's BRATS_0001 also ends in four digits, but dataset.json lists it as a case.
+    if not any(re.search(r"_\d{4}$", stem) and stem not in dataset.training for stem in files):
+        return
+
+    yield from dataset.notes
+    cases = {re.sub(r"_\d{4}$", "", stem) for stem in files}
+    if request.labelled:
+        cases.update(stems(dataset.masks))  # The images of a mask may be missing.
     for case in sorted(cases):
-        patient, mask = OFFICIAL.match(case), nifti(data.masks, case)
-        images = [Source(nifti(data.images, f"{case}_{i:04d}")) for i in data.slots]
-        yield Study(case, patient and patient[0], data.kind, *images, mask, data.classes)
+        patient = is_autopet(case)
+        yield Study(
+            name=case,
+            patient=patient and patient[0],
+            kind=dataset.channels.kind,
+            ct=Source(nifti(dataset.images, f"{case}_{dataset.channels.ct:04d}")),
+            pet=Source(nifti(dataset.images, f"{case}_{dataset.channels.pet:04d}")),
+            label=nifti(dataset.masks, case),
+            classes=dataset.classes,
+        )
 
 
-def read_decathlon(root: Path, asked: Asked) -> Iterator[Study | str]:
-    """A file for each case, with all channels."""
-    data = read_dataset(root, asked)
-    yield from data.notes if data else ()
-    for case in (data.listed or stems(data.images)) if data else ():
-        file, mask = nifti(data.images, case), nifti(data.masks, case)
-        images = [Source(file, i, data.channels) for i in data.slots]
-        yield Study(case, case, data.kind, *images, mask, data.classes)
-
-
-def read_images(root: Path, asked: Asked) -> Iterator[Study | str]:
-    """Images alone, to predict: a file for each channel of a case, as nnU-Net names them."""
-    cases = [stem.removesuffix("_0001") for stem in stems(root) if stem.endswith("_0001")]
-    if asked.labelled or not cases:
+def read_decathlon(root: Path, request: Request) -> Iterator[Study | str]:
+    """Medical Segmentation Decathlon: a 4D file for each case, with all channels."""
+    dataset = read_dataset(root, request)
+    if dataset is None:
         return
-    names = asked.channels or {0: "CT", 1: "PET"}
-    kind, slots = find_channels("--channels" if asked.channels else root, names)
-    if not asked.channels:
-        yield "no dataset.json: _0000 is taken for CT and _0001 for PET (else: --channels)"
-    for case in cases:
-        images = [Source(nifti(root, f"{case}_{i:04d}")) for i in slots]
-        yield Study(case, None, kind, *images, None)
+    yield from dataset.notes
+    for case in dataset.training or stems(dataset.images):
+        file = nifti(dataset.images, case)
+        yield Study(
+            name=case,
+            patient=case,
+            kind=dataset.channels.kind,
+            ct=Source(file, dataset.channels.ct, dataset.count),
+            pet=Source(file, dataset.channels.pet, dataset.count),
+            label=nifti(dataset.masks, case),
+            classes=dataset.classes,
+        )
 
 
 class Layout(NamedTuple):
     """A way in which studies lie in folders."""
 
     name: str
-    sign: str  # what lies there
-    read: Callable[[Path, Asked], Iterator[Study | str]]  # studies, and notes for the user
-    flags: tuple[str, ...] = ()  # the options that it reads
+    files: str  # The files that are expected, for the user.
+    read: Callable[[Path, Request], Iterator[Study | str]]  # Yields studies, and notes as str.
+    described: bool = False  # dataset.json names channels and labels; options may replace them.
 
 
-DESCRIBED = ("--channels", "--lesion-labels")  # in place of what dataset.json says
-LAYOUTS = (  # a folder has the first that yields a study; others may see the same files
-    Layout("nnU-Net raw", "dataset.json, imagesTr/<id>_0000.nii.gz", read_nnunet, DESCRIBED),
+# A folder has the first of these layouts that yields a study; a later one may see the same files.
+LAYOUTS = (
     Layout(
-        "Medical Segmentation Decathlon", "dataset.json, imagesTr/<id>.nii.gz", read_decathlon,
-        DESCRIBED,
+        "nnU-Net raw",
+        "dataset.json, imagesTr/<id>_0000.nii.gz or, to predict, <id>_{0000,0001}.nii.gz alone",
+        read_nnunet,
+        described=True,
+    ),
+    Layout(
+        "Medical Segmentation Decathlon",
+        "dataset.json, imagesTr/<id>.nii.gz",
+        read_decathlon,
+        described=True,
     ),
     Layout("AutoPET (TCIA)", "PETCT_*/<study>/{SUV,CTres,SEG}.nii.gz", read_tree),
     Layout("BraTS", "<case>/<case>_{flair,t1ce,seg}.nii.gz or -{t2f,t1c,seg}", read_brats),
-    Layout(
-        "images to predict", "<id>_0000.nii.gz, <id>_0001.nii.gz", read_images, DESCRIBED[:1]
-    ),
-)  # fmt: skip
-UNREAD = (  # what else may lie there: its name, what it is, and what to do
-    (r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
-    (r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
-    (r".*\.(mh[ad]|nrrd)", "{file} is no NIfTI", "Convert such files to .nii.gz"),
-    (r".*\.(dcm|ima)|DICOMDIR", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV"),
-    (r".*__(CT|PT)\.nii\.gz", "{file} is HECKTOR's raw form", "Give nnU-Net raw on one grid"),
-    (r".*\.(zip|tar|tgz|tar\.gz|7z)", "{file} is an archive", "Unpack it"),
 )
 
 
-def explain_nothing(root: Path) -> str:
-    """What lies below a folder in which no layout was recognised, and what to do."""
-    described = (root / "dataset.json").exists()  # then that file and imagesTr are in their place
-    for path, names, files in os.walk(root):
-        for sign, what, remedy in UNREAD[2 * described :] if path == str(root) else UNREAD:
-            if hits := [n for n in sorted(names + files) if re.fullmatch(sign, n, re.IGNORECASE)]:
-                return f"{what.format(folder=path, file=Path(path, hits[0]))}. {remedy}."
-    if described:
+class NotRead(NamedTuple):
+    """Something that users have in a folder in which no layout is recognised."""
+
+    name: str  # The pattern of a file's or folder's name.
+    problem: str
+    remedy: str
+
+
+NOT_READ = (
+    NotRead(r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
+    NotRead(r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
+    NotRead(r".*\.(mh[ad]|nrrd)", "{file} is no NIfTI", "Convert such files to .nii.gz"),
+    NotRead(r".*\.(dcm|ima)|DICOMDIR", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV"),
+    NotRead(
+        r".*__(CT|PT)\.nii\.gz", "{file} is HECKTOR's raw form", "Give nnU-Net raw on one grid"
+    ),
+    NotRead(r".*\.(zip|tar|tgz|tar\.gz|7z)", "{file} is an archive", "Unpack it"),
+)
+
+
+def explain_no_studies(root: Path) -> str:
+    """What lies in a folder in which no layout is recognised, and what to do about it."""
+    # With a dataset.json only the images are missing, or of a kind that is not read.
+    has_description = (root / "dataset.json").exists()
+    for path, folders, files in os.walk(root / "imagesTr" if has_description else root):
+        for row in NOT_READ:
+            for name in sorted(folders + files):
+                if re.fullmatch(row.name, name, re.IGNORECASE):
+                    problem = row.problem.format(folder=path, file=Path(path, name))
+                    return f"{problem}. {row.remedy}."
+
+    if has_description:
         return "No .nii.gz or .nii lies in its imagesTr. Copy the images there."
-    return "Expected " + ", or ".join(f"{row.sign} ({row.name})" for row in LAYOUTS) + "."
+    expected = [f"{layout.files} ({layout.name})" for layout in LAYOUTS]
+    return f"Expected {', or '.join(expected)}."
 
 
-def find_studies(root: Path, labelled: bool = True, channels=(), lesion_labels=()) -> Found:
-    """All studies below `root`, whichever layout it has, and what is missing or there twice.
+# ------------------------------------------------------------------ finding the studies of a folder
 
-    labelled: a mask per study is needed; without, imagesTs is taken before imagesTr, and `root` may
-    also be an images folder or a single study. channels: such as ("ct=0", "pet=1"), where the names
-    in dataset.json do not tell. Raises UserError if nothing that looks like a study is there.
+
+class Recognised(NamedTuple):
+    """A layout that was recognised in a folder, and what it yielded."""
+
+    layout: Layout
+    studies: list[Study]
+    notes: list[str]
+
+    @property
+    def files(self) -> set[Path]:
+        return {path for study in self.studies for path in study.paths}
+
+
+def find_studies(root: Path, labelled=True, channels=(), lesion_labels=()) -> StudyFolder:
+    """Find all studies below `root`, whichever layout it has, and what is missing or there twice.
+
+    labelled: every study needs a mask. Without, imagesTs is taken before imagesTr, and `root` may
+    also be an images folder or a single study. channels, lesion_labels: such as ("ct=0", "pet=1")
+    and (1, 2), where the names in dataset.json do not tell.
+
+    Raises UserError if no studies are there, or if it is not clear which or what they are.
     """
     if not root.is_dir():
-        what = "a file" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {what}. Give --data the folder that holds the studies, unpacked.")
-    asked = Asked(labelled, channels_by_number(channels), tuple(lesion_labels))
-    read = {layout: list(layout.read(root, asked)) for layout in LAYOUTS}
-    seen_by = {row: [s for s in items if isinstance(s, Study)] for row, items in read.items()}
-    seen_by = {row: own for row, own in seen_by.items() if own}
-    if not seen_by:
-        raise UserError(f"{root}: no studies found. {explain_nothing(root)}")
-    (layout, wanted), *others = seen_by.items()
-    files = {source.path for study in wanted for source in study.sources.values()}
-    for other, own in others:
-        if files.isdisjoint(source.path for study in own for source in study.sources.values()):
+        problem = "a file" if root.exists() else "no such folder"
+        raise UserError(
+            f"{root}: {problem}. Give --data the folder that holds the studies, unpacked."
+        )
+
+    request = Request(labelled, parse_channels(channels), tuple(lesion_labels))
+    recognised = recognise_layouts(root, request)
+    if not recognised:
+        raise UserError(f"{root}: no studies found. {explain_no_studies(root)}")
+    refuse_two_layouts(root, recognised)
+
+    layout, candidates, notes = recognised[0]
+    kind = candidates[0].kind
+    refuse_flags_without_effect(layout, kind, request)
+    studies, findings = collect_studies(candidates, labelled)
+    return StudyFolder(
+        root=root,
+        kind=kind,
+        layout=layout.name,
+        studies=studies,
+        findings=findings,
+        patients_known=all(study.patient for study in candidates),
+        notes=notes,
+    )
+
+
+def recognise_layouts(root: Path, request: Request) -> list[Recognised]:
+    """The layouts that yield a study of the folder, in the order of LAYOUTS."""
+    recognised = []
+    for layout in LAYOUTS:
+        studies = []
+        notes = []
+        for item in layout.read(root, request):
+            group = studies if isinstance(item, Study) else notes
+            group.append(item)
+        if studies:
+            recognised.append(Recognised(layout, studies, notes))
+    return recognised
+
+
+def refuse_two_layouts(root: Path, recognised: list[Recognised]) -> None:
+    """Raise UserError if a later layout sees other files than the first one does."""
+    first, *others = recognised
+    for other in others:
+        if first.files.isdisjoint(other.files):
             raise UserError(
-                f"{root}: holds {layout.name} and {other.name} ({own[0].name}). Give a folder that "
-                "holds one of them."
+                f"{root}: holds {first.layout.name} and {other.layout.name} "
+                f"({other.studies[0].name}). Give a folder that holds one of them."
             )
-    lesions = labelled and wanted[0].kind == "petct"  # of MRI the labels' names alone tell
-    told = ((channels, True), (lesion_labels, lesions))
-    for flag, (given, used) in zip(DESCRIBED, told, strict=True):
-        if given and not (used and flag in layout.flags):
-            raise UserError(f"{flag} has no effect on {layout.name} here. Leave it out.")
-    studies, findings, seen, spelling = [], [], {}, {}
-    for study in wanted:
-        patient = study.patient or study.name  # ids that differ in case only are one patient
-        patient = spelling.setdefault(patient.lower(), patient)
-        study = replace(study, patient=patient, label=study.label if labelled else None)
-        paths = sorted({source.path for source in study.sources.values()})
-        lack = [finding for path in paths for finding in misplaced(path, study.name)]
-        if study.name in seen:
-            twice = f"duplicate case {study.name}, also in {seen[study.name]}"
-            findings.append(Finding(str(study.pet.path), twice, "Keep one of the two"))
-        elif not lack:
-            studies.append(study)
-        findings += lack
-        seen.setdefault(study.name, study.pet.path.parent)
-    notes = [item for item in read[layout] if isinstance(item, str)]
-    known = all(study.patient for study in wanted)
-    return Found(wanted[0].kind, layout.name, studies, findings, known, notes)
 
 
-def misplaced(path: Path, study: str) -> Iterator[Finding]:
-    """What is wrong with a file before it is opened."""
-    if not path.exists():
-        yield Finding(str(path), "missing file", f"Copy it there, or take {study} out")
-    elif not path.is_file():  # reading a pipe would wait for ever
-        yield Finding(str(path), "not a file", f"Replace it, or take {study} out")
-    stem = END.sub("", path.name)
-    if all(path.with_name(stem + end).exists() for end in NIFTI):
-        yield Finding(str(path), "there as .nii and as .nii.gz", "Keep one of the two")
+def refuse_flags_without_effect(layout: Layout, kind: str, request: Request) -> None:
+    """Raise UserError if an option is given that changes nothing for this layout."""
+    unused = None
+    if request.channels and not layout.described:
+        unused = "--channels"
+
+    # Without masks there are no labels, and those of MRI go by their names alone.
+    has_lesion_labels = layout.described and request.labelled and kind == "petct"
+    if request.lesion_labels and not has_lesion_labels:
+        unused = "--lesion-labels"
+    if unused:
+        raise UserError(f"{unused} has no effect on {layout.name} here. Leave it out.")
 
 
-# ------------------------------------------------------------------ reading and checking one study
+def collect_studies(candidates: list[Study], labelled: bool) -> tuple[list[Study], list[Finding]]:
+    """The studies whose files are all there, with their patient, and findings on the others."""
+    studies = []
+    findings = []
+    folders: dict[str, Path] = {}  # The first folder of each study's name.
+    spellings: dict[str, str] = {}  # Patients whose ids differ in case only are one.
+    for study in candidates:
+        # Where the layout does not tell the patient, each study counts as one of its own.
+        patient = study.patient or study.name
+        patient = spellings.setdefault(patient.lower(), patient)
+        label = study.label if labelled else None
+        study = replace(study, patient=patient, label=label)
+
+        problems = []
+        for path in study.paths:
+            problems.extend(missing_or_ambiguous(path, study.name))
+        findings += problems
+
+        if study.name in folders:
+            problem = f"duplicate case {study.name}, also in {folders[study.name]}"
+            findings.append(Finding(str(study.pet.path), problem, "Keep one of the two"))
+        else:
+            folders[study.name] = study.pet.path.parent
+            if not problems:
+                studies.append(study)
+    return studies, findings
+
+
+# ------------------------------------------------------------------ reading one study
 
 
 class Volume(NamedTuple):
-    """A NIfTI file: data in the file's axes, affine (4, 4) in mm."""
+    """A NIfTI file: data (W, H, D) in the order of its axes, and its affine (4, 4) in mm."""
 
     data: np.ndarray
     affine: np.ndarray
-    placed: bool = True  # False: neither sform nor qform says where it lies
-    sides_differ: bool = False  # sform and qform disagree on left and right
+    placed: bool = True  # False: neither sform nor qform says where it lies.
+    sides_differ: bool = False  # sform and qform disagree on left and right.
 
 
-def gunzip(raw: bytes) -> bytes:
-    """gzip.decompress, in a buffer of the right size from the start: the stream's end tells it."""
-    size = int.from_bytes(raw[-4:], "little")
-    equal = raw[-4:] + b"\x1f\x8b\x08"  # the end of a stream of that size, and another behind it
-    with suppress(zlib.error):  # damaged: gzip says how
-        whole = zlib.decompress(raw, 31, min(size, 1032 * len(raw)) + 1)
-        if len(whole) == size and equal not in raw:  # else several, or zeros behind the last
-            return whole
-    return gzip.decompress(raw)
+def bad_file(path: Path, problem: str, remedy: str = "Download or convert it again") -> BadStudy:
+    return BadStudy(Finding(str(path), problem, remedy))
 
 
 def read_nifti(path: Path, channels: int | None = None) -> Volume:
-    """Read and check a 3D file, or a 4D file of so many channels. Raises BadStudy: damaged (the
-    checksum is tested), not NIfTI, other axes, impossible spacing or affine, NaN or Inf."""
+    """Read and check a 3D file, or a 4D file of so many channels.
 
-    def bad(found: str, remedy: str = "Download or convert it again") -> BadStudy:
-        return BadStudy(Finding(str(path), found, remedy))
-
+    Raises BadStudy for a damaged file (the checksum of .nii.gz is tested), one that is no NIfTI,
+    other axes, an impossible spacing or affine, and NaN or Inf.
+    """
     try:
         raw = path.read_bytes()
-        raw = gunzip(raw) if path.name.endswith(".gz") else raw
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
     except (EOFError, OSError, zlib.error) as error:
-        raise bad(f"cannot be read ({error})") from None
+        raise bad_file(path, f"cannot be read ({error})") from None
+
+    # pixdim and scl_slope are read from the header as it is stored; nibabel corrects them.
     try:
-        kind = nib.Nifti2Image if nib.Nifti2Header.may_contain_header(raw) else nib.Nifti1Image
-        image, header = kind.from_bytes(raw), kind.header_class
-        plain = header(raw[: header.sizeof_hdr], check=False)  # not yet mended
-        spacing, slope = plain["pixdim"][1:4], plain["scl_slope"]
-    except Exception as error:  # any failure of the parser means the same to the user
-        raise bad(f"not a NIfTI file ({error})") from None
-    shape, affine, stored = image.shape, image.affine, image.dataobj
+        is_nifti2 = nib.Nifti2Header.may_contain_header(raw)
+        image_class = nib.Nifti2Image if is_nifti2 else nib.Nifti1Image
+        image = image_class.from_bytes(raw)
+        header_class = image_class.header_class
+        stored_header = header_class(raw[: header_class.sizeof_hdr], check=False)
+        spacing = stored_header["pixdim"][1:4]
+        slope = stored_header["scl_slope"]
+    except Exception as error:  # Any failure of the parser means the same to the user.
+        raise bad_file(path, f"not a NIfTI file ({error})") from None
+
+    # A trailing axis of one, (W, H, D, 1), makes no difference.
+    shape = image.shape
     axes = 3 if channels is None else 4
-    while len(shape) > axes and shape[-1] == 1:  # (W, H, D, 1) is a 3D image
+    while len(shape) > axes and shape[-1] == 1:
         shape = shape[:-1]
-    usable = len(shape) == axes and min(shape) > 1 and stored.dtype.kind in "iufb"
+
+    voxels = image.dataobj
+    usable = len(shape) == axes and min(shape) > 1 and voxels.dtype.kind in "iufb"
     if not usable or channels not in (None, shape[-1]):
-        expected = "3 axes" if channels is None else f"3 axes and {channels} channels"
-        raise bad(f"wrong dimensions {shape} of type {stored.dtype}", f"Expected {expected}")
-    if not (np.isfinite(spacing) & (spacing > 0)).all():
-        raise bad(f"spacing {spacing.tolist()} mm is not above zero", "Correct its pixdim")
-    if np.isinf(slope):  # which nibabel takes for no scaling; NaN means that
-        raise bad("scl_slope is infinite")
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-12:
-        raise bad("the affine is not invertible", "Correct sform and qform in its header")
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
-    if steps.min() < 0.01 or steps.max() > 100:
-        raise bad(f"spacing {steps.tolist()} is not that of a scan in mm", "Correct its header")
-    if stored.offset + math.prod(shape) * stored.dtype.itemsize > len(raw):
-        raise bad("shorter than its header says")
-    data = np.ndarray(shape, stored.dtype, raw, stored.offset, order="F")  # nibabel would copy it
-    if (stored.slope, stored.inter) != (1, 0):
-        data = data * np.float32(stored.slope) + np.float32(stored.inter)
+        problem = f"wrong dimensions {shape} of type {voxels.dtype}"
+        raise bad_file(path, problem, f"Expected 3 axes and {channels or 'no'} channels")
+
+    if not np.all(np.isfinite(spacing) & (spacing > 0)):
+        problem = f"spacing {spacing.tolist()} mm is not above zero"
+        raise bad_file(path, problem, "Correct its pixdim")
+    if not is_affine_of_scan(image.affine):
+        problem = "its affine is not that of a scan in mm, with an inverse"
+        raise bad_file(path, problem, "Correct sform and qform in its header")
+
+    if np.isinf(slope):  # nibabel takes it for no scaling, which NaN means.
+        raise bad_file(path, "scl_slope is infinite")
+    if voxels.offset + math.prod(shape) * voxels.dtype.itemsize > len(raw):
+        raise bad_file(path, "shorter than its header says")
+
+    # nibabel would copy the voxels; this is a view of the bytes.
+    data = np.ndarray(shape, voxels.dtype, raw, voxels.offset, order="F")
+    if (voxels.slope, voxels.inter) != (1, 0):
+        data = data * np.float32(voxels.slope) + np.float32(voxels.inter)
     if data.dtype.kind == "f" and not np.isfinite(data).all():
-        raise bad("NaN or Inf voxels", "Repair the conversion that wrote it")
-    return Volume(data, affine, *placement(image.header))
+        raise bad_file(path, "NaN or Inf voxels", "Repair the conversion that wrote it")
+    return Volume(data, image.affine, *read_placement(image.header))
 
 
-def placement(header) -> tuple[bool, bool]:
+def is_affine_of_scan(affine: np.ndarray) -> bool:
+    """Whether an affine is finite, has an inverse and a spacing of 0.01 to 100 mm."""
+    axes = affine[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    in_range = np.all((spacing >= 0.01) & (spacing <= 100))
+    return in_range and np.isfinite(affine).all() and abs(np.linalg.det(axes)) > 1e-12
+
+
+def read_placement(header) -> tuple[bool, bool]:
     """Whether a header says where the image lies, and whether it says two different things."""
-    forms = [header.get_sform(coded=True)]
-    with suppress(Exception):  # nibabel reads a damaged qform only if there is no sform
-        forms.append(header.get_qform(coded=True))
-    own = [form for form, code in forms if code > 0]
-    if len(own) < 2:
-        return bool(own), False
-    return True, bool((own[0][:3, :3] @ np.linalg.inv(own[1][:3, :3]))[0, 0] < 0)
+    sform, _ = header.get_sform(coded=True)  # None if the header holds no sform.
+    qform = None
+    with suppress(Exception):  # nibabel reads a damaged qform only if there is no sform.
+        qform, _ = header.get_qform(coded=True)
+    if sform is None or qform is None:
+        return sform is not None or qform is not None, False
+    qform_to_sform = sform[:3, :3] @ np.linalg.inv(qform[:3, :3])
+    return True, bool(qform_to_sform[0, 0] < 0)
 
 
 def read_label(path: Path, classes: Classes) -> Volume:
-    """Read a mask as uint8 classes. Raises BadStudy for a value outside `classes`."""
+    """Read a mask as uint8 classes (W, H, D). Raises BadStudy for a value outside `classes`."""
     volume = read_nifti(path)
     data = volume.data
-    mapped, known = np.zeros(data.shape, np.uint8, order="F"), 0
-    for value, ours in classes:
-        here = data == value
-        known += np.count_nonzero(here)
-        if ours:
-            mapped[here] = ours
-    if known < data.size:
-        values = [value for value, _ in classes]
-        unknown = ", ".join(f"{v:g}" for v in np.unique(data[~np.isin(data, values)])[:5])
-        found = f"label values {unknown} outside the expected set {set(values)}"
-        remedy = "Correct the mask, or its names in dataset.json"
-        raise BadStudy(Finding(str(path), found, remedy))
+    mapped = np.zeros(data.shape, np.uint8, order="F")
+    known_voxels = 0
+    for value, class_number in classes:
+        has_value = data == value
+        known_voxels += np.count_nonzero(has_value)
+        if class_number:
+            mapped[has_value] = class_number
+
+    if known_voxels < data.size:
+        known = [value for value, _ in classes]
+        unknown = np.unique(data[~np.isin(data, known)])[:5].tolist()
+        problem = f"label values {unknown} outside the expected set {set(known)}"
+        raise bad_file(path, problem, "Correct the mask, or its names in dataset.json")
     return volume._replace(data=mapped)
 
 
-def difference(a: Volume, b: Volume, name: str) -> str:
-    """How the grid of `a` differs from that of `b`, the file `name`; empty if they agree."""
-    if a.data.shape != b.data.shape:
-        return f"shape {a.data.shape} differs from {b.data.shape} of {name}"
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in a.data.shape])).reshape(3, -1)
-    gaps = (a.affine - b.affine)[:3] @ np.vstack([corners, np.ones(8)])
-    apart = np.linalg.norm(gaps, axis=0).max()  # mm
-    found = f"affine differs from that of {name}: corners lie up to {apart:.3g} mm apart, "
-    return f"{found}{TOLERANCE_MM} mm is tolerated" if apart > TOLERANCE_MM else ""
+def grid_difference(volume: Volume, reference: Volume, reference_name: str) -> str:
+    """How the grid of a volume differs from that of the reference; empty if they agree."""
+    shape = volume.data.shape
+    if shape != reference.data.shape:
+        return f"shape {shape} differs from {reference.data.shape} of {reference_name}"
+
+    corners = np.indices((2, 2, 2)).reshape(3, 8).T * np.subtract(shape, 1)
+    gaps = apply_affine(volume.affine, corners) - apply_affine(reference.affine, corners)
+    distance = np.linalg.norm(gaps, axis=1).max()  # mm
+    if distance <= TOLERANCE_MM:
+        return ""
+    return (
+        f"affine differs from that of {reference_name}: corners lie up to {distance:.3g} mm "
+        f"apart, {TOLERANCE_MM} mm is tolerated"
+    )
 
 
 def read_study(study: Study) -> dict[str, Volume]:
-    """The images of a study by slot: ct, pet and, if it has a mask, label, all on one grid. Raises
-    BadStudy with every finding, not only the first."""
-    files, findings, volumes = {}, [], {}
-    for path, channels in {s.path: s.channels for s in study.sources.values()}.items():
-        try:  # each file once: a 4D file holds both images
-            label = path == study.label
-            files[path] = read_label(path, study.classes) if label else read_nifti(path, channels)
+    """Read the images of a study by slot: pet, ct and, if it has a mask, label, on one grid.
+
+    Raises BadStudy with every finding, not only the first.
+    """
+    files = {}  # Each file is read once: a 4D file holds both images.
+    findings = []
+    for path in study.paths:
+        try:
+            if path == study.label:
+                files[path] = read_label(path, study.classes)
+            else:
+                files[path] = read_nifti(path, study.pet.channels)
         except BadStudy as error:
             findings += error.findings
-    for slot, (path, channel, _) in study.sources.items():
-        if path in files:
-            part = ... if channel is None else (..., channel)
-            volumes[slot] = files[path]._replace(data=files[path].data[part])
-    for slot, volume in volumes.items():
-        if found := difference(volume, volumes.get("pet", volume), study.pet.path.name):
-            path = str(study.sources[slot].path)
-            findings.append(Finding(path, found, "Resample it to that image's grid first"))
+
+    # pet is the first of the slots, and the others are compared with it.
+    volumes = {}
+    for slot, source in study.sources.items():
+        if source.path not in files:
+            continue
+        volume = files[source.path]
+        if source.channel is not None:
+            volume = volume._replace(data=volume.data[..., source.channel])
+        volumes[slot] = volume
+
+        reference = volumes.get("pet", volume)
+        problem = grid_difference(volume, reference, study.pet.path.name)
+        if problem:
+            remedy = "Resample it to that image's grid first"
+            findings.append(Finding(str(source.path), problem, remedy))
     if findings:
         raise BadStudy(*findings)
     return volumes
 
 
-def judge(study: Study, volumes: dict[str, Volume], allow=()) -> dict:
-    """What is known of a study by its values, and which checks were let pass because `allow` names
-    them. Raises BadStudy with the first of CHECKS that fails, which explains those behind it."""
+# ------------------------------------------------------------------ checking the values
+
+
+def check_values(study: Study, volumes: dict[str, Volume]) -> dict:
+    """Compare the values of a study with the CHECKS of checks.py.
+
+    Returns its facts: suv and hu, the medians in the body (None for MRI), placed, whether all
+    headers say where the images lie, and warnings in words. Raises BadStudy with the first check
+    that refuses the study.
+    """
     images = {slot: volume.data for slot, volume in volumes.items()}
-    measured = measure(images, units=study.kind == "petct")
+    measured = measure_images(images, units=study.kind == "petct")
     measured["sides_differ"] = any(volume.sides_differ for volume in volumes.values())
-    allowed = set()
-    for check, found in doubts(measured):
-        if check.name not in allow:
-            pass_it = f"; if it is right: --allow {check.name}" if check.name else ""
-            remedy = f"{check.remedy}{pass_it}"
-            raise BadStudy(Finding(str(study.sources[check.slot].path), found, remedy))
-        allowed.add(check.name)
-    facts = {name: measured.get(name) for name in ("suv", "hu")}
-    facts["placed"] = all(volume.placed for volume in volumes.values())
-    return facts | {"allowed": sorted(allowed)}
+
+    warnings = []
+    for check, problem in failed_checks(measured):
+        finding = Finding(str(study.sources[check.slot].path), problem, check.remedy)
+        if check.refused:
+            raise BadStudy(finding)
+        warnings.append(f"warning: {finding}")
+    return {
+        "suv": measured.get("pet_median"),
+        "hu": measured.get("ct_median"),
+        "placed": all(volume.placed for volume in volumes.values()),
+        "warnings": warnings,
+    }
 
 
-def summarize(facts: list[dict]) -> list[str]:
-    """Lines on the facts of all studies (see judge), for the user to see what is off."""
+def summarize_facts(facts: list[dict]) -> list[str]:
+    """Lines on the facts of all studies (see check_values), to let the user see what is off."""
     lines = []
-    if units := [(own["suv"], own["hu"]) for own in facts if own["suv"] is not None]:
-        suv, hu = np.median(units, axis=0)
+    medians = [(study["suv"], study["hu"]) for study in facts if study["suv"] is not None]
+    if medians:
+        suv, hu = np.median(medians, axis=0)
         lines.append(f"median SUV {suv:.2f} and HU {hu:.0f} in the body")
-    if lost := sum(not own["placed"] for own in facts):
-        lines.append(f"{lost} studies have neither sform nor qform: left and right are guessed")
-    for name, count in Counter(name for own in facts for name in own["allowed"]).items():
-        lines.append(f"{count} studies passed by --allow {name}")
+
+    unplaced = sum(not study["placed"] for study in facts)
+    if unplaced:
+        lines.append(f"{unplaced} studies have neither sform nor qform: left and right are guessed")
+
+    for study in facts:
+        lines += study["warnings"]
     return lines
 
 
 def list_findings(findings: list[Finding]) -> str:
-    """How many, in how many files, and each in a line."""
-    files = len({finding.file for finding in findings})
-    lines = "\n".join(f"  {finding}" for finding in sorted(findings))
-    return f"{len(findings)} problems in {files} files:\n{lines}"
+    """The number of findings and of their files, then a line for each finding."""
+    files = {finding.file for finding in findings}
+    lines = "".join(f"\n  {finding}" for finding in sorted(findings))
+    return f"{len(findings)} problems in {len(files)} files:{lines}"
 
 
-def run_command(argv: list[str] | None = None) -> None:
-    """python studies.py: what a folder holds. Raises UserError with all findings, if any."""
-    parser = Parser(description="What a folder of studies holds, and its faults.")
+# ------------------------------------------------------------------ the command
+
+
+def check_study(study: Study) -> tuple[list[dict], list[Finding]]:
+    """Read and check a study: a list with its facts, or the findings if it has any."""
+    try:
+        volumes = read_study(study)
+        facts = check_values(study, volumes)
+    except BadStudy as error:
+        return [], error.findings
+    has_lesion = "label" in volumes and volumes["label"].data.any()
+    return [{**facts, "has_lesion": has_lesion}], []
+
+
+def studies_command(argv: list[str] | None = None) -> None:
+    """Print what a folder holds. Raises UserError with all findings, if there are any."""
+    parser = Parser(description="Print what a folder of studies holds, and what is wrong with it.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--predict", action="store_true", help="studies without masks")
-    parser.add_argument("--channels", nargs="+", default=(), metavar="", help="such as ct=0 pet=1")
+    parser.add_argument("--predict", action="store_true", help="The studies have no masks.")
+    parser.add_argument("--channels", nargs="+", default=(), metavar="", help="Such as ct=0 pet=1.")
     parser.add_argument("--lesion-labels", nargs="+", type=int, default=(), metavar="")
-    parser.add_argument("--allow", nargs="+", default=(), choices=ALLOWABLE)
     args = parser.parse_args(argv)
-    found = find_studies(args.folder, not args.predict, args.channels, args.lesion_labels)
 
-    def check(study: Study) -> dict | BadStudy:
-        try:
-            volumes = read_study(study)
-            lesion = "label" in volumes and volumes["label"].data.any()
-            return judge(study, volumes, args.allow) | {"lesion": lesion}
-        except BadStudy as error:
-            return error
-
-    print(f"layout     {found.layout}, {found.kind}")
-    for note in found.notes:
+    # How the folder was understood, with the files of its first study as an example.
+    folder = find_studies(args.folder, not args.predict, args.channels, args.lesion_labels)
+    print(f"layout     {folder.layout}, {folder.kind}")
+    for note in folder.notes:
         print(f"           {note}")
-    for first in found.studies[:1]:
-        for slot, source in first.sources.items():
+    for study in folder.studies[:1]:
+        for slot, source in study.sources.items():
             channel = "" if source.channel is None else f", channel {source.channel}"
             print(f"{slot:<11}{source.path}{channel}")
-        if first.label:
-            print(f"labels     value in the file -> class: {dict(first.classes)}")
-    count = len(found.studies)
+
+    count = len(folder.studies)
+    facts = []
+    findings = list(folder.findings)
     with ThreadPoolExecutor(2) as pool:
-        results = list(progress(pool.map(check, found.studies), "check", "study", count))
-    good = [own for own in results if isinstance(own, dict)]
-    patients = len({study.patient for study in found.studies})
-    ill = sum(own["lesion"] for own in good)
-    print(f"studies    {count} of {patients} patients, {ill} with a lesion")
-    for line in summarize(good):
+        results = pool.map(check_study, folder.studies)
+        for study_facts, study_findings in progress(results, "check", "study", count):
+            facts += study_facts
+            findings += study_findings
+
+    patients = {study.patient for study in folder.studies}
+    positive = sum(study["has_lesion"] for study in facts)
+    print(f"studies    {count} of {len(patients)} patients, {positive} with a lesion")
+    for line in summarize_facts(facts):
         print(f"           {line}")
-    bad = [f for own in results if isinstance(own, BadStudy) for f in own.findings]
-    if findings := found.findings + bad:
+    if findings:
         raise UserError(list_findings(findings))
     print("no problem was found")
 
 
 if __name__ == "__main__":
-    command_line(run_command)
+    command_line(studies_command)

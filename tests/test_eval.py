@@ -1,145 +1,118 @@
-"""eval.py: metrics, sliding windows, masks on the grid of the files, and the commands."""
+"""eval.py: sliding windows, masks on the grid of the files, runs joined to one, the commands."""
 
 import itertools
 import json
 import math
 import re
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.signal.windows import gaussian
 from scipy.spatial.transform import Rotation
 
 import eval as evaluation
-from baselines import LATE_FUSIONS
-from cache import Case
-from config import Config, resolve
-from files import UserError, write_json
+from cache import Case, read_case, write_case
+from common import UserError, write_json
+from config import Config, resolve, to_dict
+from eval import LATE_FUSIONS, Ensemble
+from metrics import dice
 from mirror_unet import VARIANTS, MirrorUNet, Network, Output
-from preprocess import PREPROCESSING, preprocess
-from runs import build_model, save_checkpoint, save_config
+from preprocess import PREPROCESSING, logits_to_native, preprocess
+from runs import LoadedRun, build_model, load_run, save_checkpoint, save_config
 from studies import Source, Study
 
-# ------------------------------------------------------------------ metrics
+CPU = torch.device("cpu")
+CONFIG = Config(
+    kind="petct",
+    patch=(16, 16, 16),
+    spacing=(4.0, 4.0, 4.0),
+    amp="none",
+    device="cpu",
+    threads=1,
+    workers=0,
+    overlap=0.25,
+    window_weights="constant",
+)
+LESION = VARIANTS["petct"]["v1"]
 
 
-def blocks(*boxes):
-    """A mask of 12^3 with boxes, each (first voxel, side)."""
-    mask = np.zeros((12, 12, 12), np.uint8)
-    for (x, y, z), side in boxes:
-        mask[x : x + side, y : y + side, z : z + side] = 1
-    return mask
+def read_json(path):
+    return json.loads(path.read_text())
 
 
-CUBE, FAR, DOT = ((2, 2, 2), 3), ((9, 9, 9), 2), ((5, 5, 5), 1)
+# ------------------------------------------------------------------ classes and thresholds
+
+
+EDEMA = [2.0, 3.0, -1.0, -1.0, 0.0]
+CORE = [1.0, 4.0, 1.0, -2.0, 0.0]
+TWO_CLASSES = np.reshape([EDEMA, CORE], (2, 5, 1, 1))
+
+
+def network(kind, version):
+    model = Network()
+    model.variant = VARIANTS[kind][version]
+    return model
 
 
 @pytest.mark.parametrize(
-    "truth, pred, dice, fpv, fnv",
+    "version, mask",
     [
-        ([CUBE], [], 0, 0, 0.324),
-        ([], [FAR], 0, 0.096, 0),
-        ([CUBE], [((4, 2, 2), 3), FAR], 18 / 62, 0.096, 0),
-        ([CUBE, FAR], [((3, 3, 3), 1)], 2 / 36, 0, 0.096),
-        ([DOT], [DOT, ((6, 6, 5), 1)], 2 / 3, 0, 0),
-        ([DOT], [DOT, ((6, 6, 6), 1)], 2 / 3, 0.012, 0),
-        ([], [], math.nan, 0, 0),
+        ("v2-rec", [1, 2, 2, 0, 0]),  # of one softmax the larger logit wins
+        ("v1", [3, 3, 2, 0, 0]),  # on branches of their own both may be present
     ],
 )
-def test_worked_values_of_the_challenge(truth, pred, dice, fpv, fnv):
-    truth, spacing = 2 * blocks(*truth), (2, 2, 3)
-    pred = -blocks(*pred).cumsum(axis=0, dtype=float) * blocks(*pred)  # any value but 0
-    assert evaluation.dice(pred, truth) == pytest.approx(dice, nan_ok=True)
-    assert evaluation.false_positive_volume(pred, truth, spacing) == pytest.approx(fpv)
-    assert evaluation.false_negative_volume(pred, truth, spacing) == pytest.approx(fnv)
+def test_bitmasks_and_labels(version, mask):
+    bitmask = evaluation.class_bitmask(TWO_CLASSES, network("mri", version).decide)
+    assert bitmask.ravel().tolist() == mask
+    assert evaluation.label_map(TWO_CLASSES).ravel().tolist() == [1, 2, 2, 0, 0]
 
 
-def test_lesions_are_counted_by_their_components():
-    """Of three lesions, two touching in a corner only, one is found by two parts of the mask; one
-    part is false."""
-    truth, pred = np.zeros((2, 12, 12, 12), np.uint8)
-    truth[1:3, 1:3, 1:3] = truth[3:5, 3:5, 3:5] = truth[8, 1:9, 8] = 1
-    pred[8, 1, 8] = pred[8, 6, 8] = pred[0, 11, 11] = 1
-    row = evaluation.score(pred, truth, ("lesion",), (1, 1, 1))
-    counts = {name: row[f"lesions_{name}"] for name in ("found", "missed", "false")}
-    assert counts == {"found": 1, "missed": 2, "false": 1}
-    assert row["lesion_f1"] == pytest.approx(2 / 5)
-    assert math.isnan(evaluation.score(0 * pred, 0 * truth, ("lesion",), (1, 1, 1))["lesion_f1"])
-    assert evaluation.score(0 * pred, truth, ("lesion",), (1, 1, 1))["lesion_f1"] == 0
+def test_an_ensemble_joins_the_masks_of_its_members():
+    members = [LoadedRun(network("petct", "v1"), CONFIG, CPU, {})] * 2
+    for join, mask in (("union", [1, 1, 1, 0, 0]), ("intersection", [1, 1, 0, 0, 0])):
+        joined = Ensemble(members, join).decide(TWO_CLASSES)
+        assert joined.ravel().tolist() == mask
+    mean = Ensemble(members).decide(TWO_CLASSES[1:])
+    assert mean.ravel().tolist() == [1, 1, 1, 0, 0]
 
 
-def test_masks_on_other_grids_are_refused():
-    cube = np.ones((4, 4, 4))
-    for shape in ((4, 4, 1), (4, 4), (4, 4, 5)):
-        with pytest.raises(ValueError, match="different grids"):
-            evaluation.dice(np.ones(shape), cube)
-    with pytest.raises(ValueError, match="different grids"):
-        evaluation.false_positive_volume(np.ones((4, 4, 1)), cube, (1, 1, 1))
-    with pytest.raises(ValueError, match="one number per axis"):
-        evaluation.false_negative_volume(cube, cube, (1, 1, 1, 1))
-
-
-def test_bits_and_labels():
-    """Own branches (MRI v1): both classes may be present, a label map takes the likelier. Of one
-    softmax, the argmax."""
-    margin = np.array([[2.0, 3.0, -1.0, -1.0, 0.0], [1.0, 4.0, 1.0, -2.0, 0.0]])[:, :, None, None]
-    assert evaluation.bits(margin, VARIANTS["mri"]["v1"]).ravel().tolist() == [3, 3, 2, 0, 0]
-    assert evaluation.label_map(margin).ravel().tolist() == [1, 2, 2, 0, 0]
-    logits = np.random.default_rng(0).normal(size=(3, 5, 6, 7))
-    margin, labels = logits[1:] - logits[:1], logits.argmax(0)  # bits 1, 2 are the numbers 1, 2
-    assert (evaluation.bits(margin, VARIANTS["mri"]["v2-rec"]) == labels).all()
-    assert (evaluation.label_map(margin) == labels).all()
-
-
-def test_score_names_every_class_of_several():
-    truth = np.zeros((4, 4, 4), np.uint8)
-    truth[0], truth[1] = 1, 2  # edema, core
-    pred = np.zeros_like(truth)
-    pred[0], pred[2] = 3, 1  # both on the edema, edema on nothing
-    row = evaluation.score(pred, truth, ("edema", "core"), (1, 1, 10))
-    assert row == {
-        "dice_whole": 0.5, "dice_edema": pytest.approx(2 / 3), "dice_core": 0.0,
-        "whole_pred_ml": 0.32, "edema_pred_ml": 0.32, "core_pred_ml": 0.16,
-        "whole_true_ml": 0.32, "edema_true_ml": 0.16, "core_true_ml": 0.16,
-    }  # fmt: skip
-    assert [*evaluation.named_masks(pred, ("edema", "other"))] == ["edema", "other"]
-
-
-def test_validation_is_over_ill_studies_and_classes_and_over_empty_masks_of_healthy_ones():
-    lesion = [(True, 0.4, 2), (False, 0.0, 3), (True, 0.6, 1), (False, math.nan, 0)]
-    rows = [
-        {"has_lesion": ill, "dice": dice, "mtv_pred_ml": ml, "fpv_ml": ml}
-        for ill, dice, ml in lesion
-    ]
-    found = evaluation.validation(rows)
-    assert found == {"val_dice": 0.5, "val_healthy": 2 / 4, "val_fpv_healthy_ml": 1.5}
+def test_validation_is_over_lesions_and_classes():
+    rows = []
+    for score in (0.4, 0.6):
+        rows.append({"has_lesion": True, "dice": score, "fpv_ml": 9.0})
+    for volume in (0.0, 3.0):
+        rows.append({"has_lesion": False, "dice": 0.0, "fpv_ml": volume})
+    means = evaluation.summarize_validation(rows)
+    assert means == {"val_dice": 0.5, "val_fpv_healthy_ml": 1.5}
     brain = {"has_lesion": True, "dice_whole": 0.3, "dice_edema": math.nan, "dice_core": 0.9}
-    assert evaluation.validation([brain]) == {"val_dice": pytest.approx(0.6), "val_healthy": 0.6}
-    found = evaluation.validation(rows[1:2])
-    assert math.isnan(found["val_dice"]) and found["val_healthy"] == 0
+    assert evaluation.summarize_validation([brain]) == {"val_dice": pytest.approx(0.6)}
+    assert math.isnan(evaluation.summarize_validation(rows[2:])["val_dice"])
 
 
 @pytest.mark.parametrize(
-    "ill, healthy, place",
+    "positive, negative, threshold",
     [
-        ([0.9, 0.8], [0.7, 0.6], 0.75), ([0.9, 0.2], [0.1, 0.05], 0.15), ([0.9], [0.1], 0.5),
-        ([0.9, 0.95], [0.8, 0.97], 0.85), ([0.9], [], 0.5), ([], [0.9], 0.5),
+        ([0.9, 0.8], [0.7, 0.6], 0.75),
+        ([0.9, 0.2], [0.1, 0.05], 0.15),
+        ([0.9], [0.1], 0.5),
+        ([0.9, 0.95], [0.8, 0.97], 0.85),
+        ([0.9], [], 0.5),
+        ([], [0.9], 0.5),
         ([0.95, 0.7], [0.8, 0.6], 0.65),  # as good as 0.875
     ],
-)  # fmt: skip
-def test_the_threshold_of_T_parts_the_validation_studies(ill, healthy, place):
-    scores = [(s, True) for s in ill] + [(s, False) for s in healthy]
-    assert evaluation.best_threshold(scores) == pytest.approx(place)
-    rows = [{"tumor_score": s} for s in (place, place + 0.01)]
-    evaluation.call_tumors(rows, place)
+)
+def test_the_threshold_of_T_is_chosen_on_the_validation_studies(positive, negative, threshold):
+    scores = [(score, True) for score in positive]
+    scores += [(score, False) for score in negative]
+    assert evaluation.best_threshold(scores) == pytest.approx(threshold)
+    rows = [{"tumor_score": threshold}, {"tumor_score": threshold + 0.01}]
+    evaluation.add_tumor_calls(rows, threshold)
     assert [row["tumor_called"] for row in rows] == [0, 1]
 
 
@@ -149,43 +122,56 @@ def test_the_threshold_of_T_parts_the_validation_studies(ill, healthy, place):
 @pytest.mark.parametrize(
     "size, patch, overlap, starts",  # what MONAI 1.6.1's dense_patch_slices gives
     [
-        (96, 96, 0.25, [0]), (100, 96, 0.25, [0, 4]), (169, 96, 0.25, [0, 72, 73]),
-        (200, 96, 0.3, [0, 67, 104]), (20, 10, 0.7, [0, 3, 6, 9, 10]),
-        (64, 16, 0.0, [0, 16, 32, 48]), (65, 16, 0.0, [0, 16, 32, 48, 49]),
-        (120, 80, 0.8, [0, 15, 30, 40]), (18, 16, 0.999, [0, 1, 2]),
+        (96, 96, 0.25, [0]),
+        (169, 96, 0.25, [0, 72, 73]),
+        (200, 96, 0.3, [0, 67, 104]),
+        (64, 16, 0.0, [0, 16, 32, 48]),
+        (65, 16, 0.0, [0, 16, 32, 48, 49]),
+        (18, 16, 0.999, [0, 1, 2]),
     ],
-)  # fmt: skip
+)
 def test_window_starts_are_those_of_monai(size, patch, overlap, starts):
     assert evaluation.window_starts(size, patch, overlap) == starts
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 12), (40, 33, 29), (7, 30, 5), (1, 1, 1), (17, 9, 13)])
+def slide(run, image, **options):
+    """The map that run(windows) makes, over the whole image."""
+    config = replace(CONFIG, **options)
+    maps = evaluation.sliding_window(lambda windows: {"seg": run(windows)}, image, config, CPU)
+    return maps["seg"].numpy()
+
+
+@pytest.mark.parametrize("shape", [(40, 33, 29), (7, 30, 5), (17, 9, 13)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.6])
-@pytest.mark.parametrize("batch", [3, 1000])
-def test_sliding_the_identity_returns_the_image(shape, overlap, batch):
+@pytest.mark.parametrize("weights, error", [("constant", 0), ("gaussian", 1e-5)])
+def test_sliding_the_identity_returns_the_image(shape, overlap, weights, error):
     image = np.random.default_rng(0).integers(-99, 99, (2, *shape)).astype(np.float16)
-    for weights in ("constant", "gaussian"):
-        result, best = evaluation.sliding_window(
-            lambda windows: (windows[:, :1], None), image, (16, 8, 12), overlap, weights, batch
-        )
-        assert result.dtype == torch.float32 and math.isnan(best)
-        # sums of whole numbers are exact
-        assert np.allclose(result.numpy(), image[:1], rtol=0 if weights == "constant" else 1e-5)
+    options = dict(patch=(16, 8, 12), overlap=overlap, window_weights=weights, window_batch=3)
+    result = slide(lambda windows: windows[:, :1], image, **options)
+    assert result.dtype == np.float32
+    assert np.allclose(result, image[:1], rtol=error)  # sums of whole numbers are exact
+
+
+def test_gaussian_weights_fall_to_a_floor():
+    x, y, z = [gaussian(side, side / 8) for side in (16, 8, 12)]
+    expected = np.maximum(np.multiply.outer(np.outer(x, y), z), 1e-3)
+    weights = evaluation.window_weights((16, 8, 12), "gaussian")
+    assert np.allclose(weights, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["constant", "gaussian"])
 def test_windows_are_averaged_by_their_weights(kind):
     """Two windows whose maps rise from 0 to 15 along the first axis, the second 8 voxels on."""
-    x, image = torch.arange(16.0), np.zeros((2, 24, 8, 12), np.float32)
-    maps = x[:, None, None].expand(2, 1, 16, 8, 12)
-    found, _ = evaluation.sliding_window(lambda w: (maps, None), image, (16, 8, 12), 0.5, kind)
-    weight = evaluation.window_weights((16, 8, 12), kind)
-    w = weight[:, 4, 6]
-    middle = (w[8:] * x[8:] + w[:8] * x[:8]) / (w[8:] + w[:8])
-    assert torch.allclose(found[0, :, 4, 6], torch.cat([x[:8], middle, x[8:]]), atol=1e-5)
-    sides = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in (16, 8, 12)]
-    expected = np.maximum(np.einsum("i,j,k->ijk", *sides), 1e-3) if kind == "gaussian" else 1
-    assert np.allclose(weight, expected, rtol=1e-5)
+    x = torch.arange(16.0)
+    rising = x[:, None, None].expand(2, 1, 16, 8, 8)
+    image = np.zeros((2, 24, 8, 8), np.float32)
+    options = dict(patch=(16, 8, 8), overlap=0.5, window_weights=kind)
+    result = slide(lambda windows: rising, image, **options)
+    weight = evaluation.window_weights((16, 8, 8), kind)[:, 4, 4]
+    first, second = weight[8:], weight[:8]
+    middle = (first * x[8:] + second * x[:8]) / (first + second)
+    expected = torch.cat([x[:8], middle, x[8:]])
+    assert np.allclose(result[0, :, 4, 4], expected, atol=1e-5)
 
 
 NOISE = np.random.default_rng(2).uniform(0.5, 1, (2, 32, 32, 32)).astype(np.float16)
@@ -199,47 +185,40 @@ def test_out_of_memory_takes_fewer_windows(memory):
         batches.append(len(windows))
         if len(windows) > memory:
             raise torch.OutOfMemoryError("simulated")
-        return windows[:, :1], windows[:, 1].amax((1, 2, 3))
+        return windows[:, :1]
 
-    args = run, NOISE, (16, 16, 16), 0.25, "constant", 8
     if not memory:
         with pytest.raises(UserError, match=r"no memory for one window of \(16, 16, 16\)"):
-            evaluation.sliding_window(*args)
+            slide(run, NOISE, window_batch=8)
         return
-    found, best = evaluation.sliding_window(*args)
-    assert np.allclose(found, NOISE[:1]) and best == NOISE[1].max()
-    assert batches[0] == 8 and set(batches[1:]) == ({1} if memory < 8 else {8, 3})
-
-
-CONFIG = replace(
-    Config(), kind="petct", patch=(16, 16, 16), spacing=(4.0, 4.0, 4.0), amp="none",
-    device="cpu", threads=1, workers=0, overlap=0.25, window_weights="constant",
-)  # fmt: skip
-CPU = torch.device("cpu")
+    assert np.allclose(slide(run, NOISE, window_batch=8), NOISE[:1])
+    assert batches[0] == 8
+    assert set(batches[1:]) == ({1} if memory < 8 else {8, 3})
 
 
 @pytest.mark.parametrize(
-    "version, heads, modality, seen",
-    [
-        ("v4", ("ct",), "both", (0, 1)), ("v3", ("seg", "tumor"), "both", (0, 1)),
-        ("v3", ("seg", "tumor"), "ct", (0, 0)), ("v3", ("seg", "tumor"), "pet", (1, 1)),
-    ],
-)  # fmt: skip
-def test_infer_is_the_network_on_each_window(version, heads, modality, seen):
+    "modality, channels",
+    [("both", [0, 1]), ("pet", [1, 1])],
+)
+def test_infer_is_the_network_on_each_window(modality, channels):
     """The 8 windows of 16^3 side by side, each on its own."""
     torch.manual_seed(0)
-    model = MirrorUNet(version, channels=(4, 8, 8, 16, 16)).train()
-    config, scores = replace(CONFIG, modality=modality, overlap=0.0), []
-    margin, tumor = evaluation.infer(model, NOISE, config, CPU, heads)
-    for corner in itertools.product((0, 16), repeat=3):
-        box = tuple(slice(c, c + 16) for c in corner)
-        images = [torch.from_numpy(NOISE[i][box])[None, None].float() for i in seen]
+    model = MirrorUNet("v3", channels=(4, 8, 8, 16, 16)).train()
+    config = replace(CONFIG, modality=modality, overlap=0.0)
+    heads = ("seg", "ct", "tumor")
+    maps, tumor = evaluation.infer(model, NOISE, config, CPU, heads)
+    scores = []
+    for x, y, z in itertools.product((0, 16), repeat=3):
+        box = np.s_[:, x : x + 16, y : y + 16, z : z + 16]
+        ct, pet = torch.from_numpy(NOISE[box]).float()[channels, None, None]
         with torch.no_grad():
-            out = model(*images)
-        logits = getattr(out, heads[0])[0].numpy()
-        assert np.allclose(margin[(slice(None), *box)], logits[1:] - logits[:1], atol=1e-5)
-        scores.append(out.tumor.sigmoid().item() if "tumor" in heads else math.nan)
-    assert tumor == pytest.approx(max(scores), abs=1e-6, nan_ok=True)
+            output = model(ct, pet)
+        logits = output.seg[0].numpy()
+        assert np.allclose(maps["seg"][box], logits[1:] - logits[:1], atol=1e-5)
+        assert np.allclose(maps["ct"][box], output.ct[0], atol=1e-5)  # an image
+        scores.append(output.tumor.sigmoid().item())
+    assert tumor == pytest.approx(max(scores), abs=1e-6)
+    assert math.isnan(evaluation.infer(model, NOISE, config, CPU).tumor)
 
 
 # ------------------------------------------------------------------ the grid of the files
@@ -248,16 +227,22 @@ def test_infer_is_the_network_on_each_window(version, heads, modality, seen):
 class Threshold(Network):
     """Segments what has more than SUV 5, so that the right mask is known; its CT branch nothing."""
 
-    variant = VARIANTS["petct"]["v1"]
+    variant = LESION
 
     def forward(self, ct, pet, heads):
         assert not self.training
-        maps = {"seg": 15 * pet - 5, "ct": pet - 2}
-        return Output(**{h: torch.cat([torch.zeros_like(pet), maps[h]], dim=1) for h in heads})
+        background = torch.zeros_like(pet)
+        foreground = {"seg": 15 * pet - 5, "ct": pet - 2}
+        output = {}
+        for head in heads:
+            output[head] = torch.cat([background, foreground[head]], dim=1)
+        return Output(**output)
 
 
 class Brightness(Network):
     """MRI v1 stand-in: edema where FLAIR is above its mean, core where T1Gd is, more strongly."""
+
+    variant = VARIANTS["mri"]["v1"]
 
     def forward(self, ct, pet, heads):
         return Output(seg=torch.cat([torch.zeros_like(ct), ct, 2 * pet], dim=1))
@@ -266,32 +251,37 @@ class Brightness(Network):
 def turned(degrees, spacing, order=(0, 1, 2), signs=(1, 1, 1)):
     """An affine with rotated, permuted or flipped axes; spacing along the anatomical axes."""
     rotation = Rotation.from_euler("ZX", (degrees, degrees / 2), degrees=True).as_matrix()
-    affine = np.eye(4)
-    affine[:3, :3] = rotation @ np.diag(np.multiply(spacing, signs))[:, order]
-    affine[:3, 3] = (-61.5, 40.25, -700)
-    return affine
+    scale = np.diag(np.multiply(spacing, signs))
+    return nib.affines.from_matvec(rotation @ scale[:, order], (-61.5, 40.25, -700))
 
 
-def scaled(pet, affine):
-    """Stored as integers with a slope, a range of display and an extension of the header."""
-    image = nib.Nifti1Image(np.rint(pet * 4).astype(np.int16), affine)
-    image.header.set_slope_inter(0.25, 0)
-    image.header["cal_max"] = 30
-    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 500))
-    return image
-
-
-GRIDS = {  # affine, codes of qform and sform, PET file
-    "RAS": (turned(0, (4, 4, 4)), (1, 1), "SUV.nii.gz", nib.Nifti1Image),
-    "LAS": (turned(0, (4, 4, 4), signs=(-1, 1, 1)), (0, 2), "SUV.nii.gz", nib.Nifti2Image),
-    "oblique": (turned(25, (3, 3, 5), signs=(-1, -1, 1)), (1, 0), "SUV.nii", nib.Nifti1Image),
+NIFTI_1, NIFTI_2 = nib.Nifti1Image, nib.Nifti2Image
+GRIDS = {  # affine, codes of qform and sform, PET file, its class
+    "RAS": (
+        turned(0, (4, 4, 4)),
+        (1, 1),
+        "SUV.nii.gz",
+        NIFTI_1,
+    ),
+    "oblique": (
+        turned(25, (3, 3, 5), signs=(-1, -1, 1)),
+        (1, 0),
+        "SUV.nii",
+        NIFTI_1,
+    ),
     "permuted": (
-        turned(0, (2, 3, 5), order=(2, 0, 1), signs=(1, -1, -1)), (1, 4), "SUV.nii", nib.Nifti2Image
+        turned(0, (2, 3, 5), order=(2, 0, 1), signs=(1, -1, -1)),
+        (1, 4),
+        "SUV.nii",
+        NIFTI_2,
     ),
     "cyclic": (
-        turned(15, (2, 3, 5), order=(1, 2, 0), signs=(-1, 1, -1)), (1, 1), "SUV.nii.gz", scaled
+        turned(15, (2, 3, 5), order=(1, 2, 0), signs=(-1, 1, -1)),
+        (0, 2),
+        "SUV.nii.gz",
+        NIFTI_2,
     ),
-}  # fmt: skip
+}
 SHAPE = (22, 17, 28)
 
 
@@ -300,33 +290,36 @@ def l_shaped_study(folder, grid):
     affine, (qform, sform), name, make = GRIDS[grid]
     pet = np.zeros(SHAPE, np.float32)
     pet[3:21, 4:16, 2:25] = 0.5
-    pet[5:16, 6:9, 4:8] = pet[5:9, 6:14, 4:8] = pet[5:9, 6:9, 4:20] = 10
+    pet[5:16, 6:9, 4:8] = 10
+    pet[5:9, 6:14, 4:8] = 10
+    pet[5:9, 6:9, 4:20] = 10
     image = make(pet, affine)
     image.set_qform(affine, qform)
     image.set_sform(affine, sform)
     image.header.set_xyzt_units("mm", "sec")
+    image.header["cal_max"] = 30  # a range of display
     folder.mkdir(parents=True)
     nib.save(image, folder / name)
     ct = np.where(pet > 0, 40, -1000).astype(np.int16)
-    nib.save(nib.Nifti1Image(ct, affine), folder / "CTres.nii.gz")
+    nib.save(NIFTI_1(ct, affine), folder / "CTres.nii.gz")
     return pet, folder / name
 
 
 def predict(tmp_path, scan, model=None, **options):
     """The mask that is predicted for tmp_path/in, and its path. It must have the grid of `scan` in
     every field of the header that a viewer may use."""
-    args = (model or Threshold()).eval(), replace(CONFIG, **options), tmp_path / "in"
-    [path] = evaluation.predict(*args, tmp_path / "out", CPU, overwrite=True)
+    run = LoadedRun(model or Threshold(), replace(CONFIG, **options), CPU, {})
+    [path] = evaluation.predict(run, tmp_path / "in", tmp_path / "out", overwrite=True)
     image, scan = nib.load(path), nib.load(scan)
     assert type(image) is type(scan)
     mask, scan = image.header, scan.header
     assert mask.get_data_shape() == scan.get_data_shape()[:3]
-    assert mask.get_data_dtype() == np.uint8 and mask.get_slope_inter() in ((1, 0), (None, None))
+    assert mask.get_data_dtype() == np.uint8
     assert np.array_equal(mask.get_best_affine(), scan.get_best_affine())
-    assert mask.get_zooms() == scan.get_zooms()[:3] and mask["cal_max"] == 0
-    for field in ("qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_y", "xyzt_units"):
+    assert np.array_equal(mask["pixdim"][:4], scan["pixdim"][:4])
+    assert mask["cal_max"] == 0
+    for field in ("qform_code", "sform_code", "quatern_b", "srow_y", "xyzt_units"):
         assert np.array_equal(mask[field], scan[field])
-    assert mask["pixdim"][0] == scan["pixdim"][0]
     return np.asarray(image.dataobj), path
 
 
@@ -334,39 +327,43 @@ def predict(tmp_path, scan, model=None, **options):
 def test_prediction_lies_on_the_voxels_of_the_scan(tmp_path, grid):
     pet, scan = l_shaped_study(tmp_path / "in" / "PETCT_1" / "a", grid)
     affine = GRIDS[grid][0]
-    turn = np.abs(nib.io_orientation(affine)[:, 0]).astype(int)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(turn)]  # along L, A, S
+    axes = np.abs(nib.io_orientation(affine)[:, 0]).astype(int)
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(axes)]  # along L, A, S
     mask, path = predict(tmp_path, scan, spacing=tuple(lengths))
-    assert path == tmp_path / "out" / "PETCT_1__a.nii.gz" and np.array_equal(mask, pet > 5)
+    assert path == tmp_path / "out" / "PETCT_1__a.nii.gz"
+    assert np.array_equal(mask, pet > 5)
     resampled, _ = predict(tmp_path, scan, spacing=(3.7, 2.9, 4.1))
-    assert evaluation.dice(resampled, pet > 5) > 0.8
+    assert dice(resampled, pet > 5) > 0.8
 
 
 def test_mask_of_a_4d_file_is_3d_and_holds_both_classes(msd, tmp_path):
     """FLAIR is bright in a box, T1Gd in a part of it."""
-    msd(1, root=tmp_path / "in").joinpath("imagesTr").rename(tmp_path / "in" / "imagesTs")
+    images = msd(1, root=tmp_path / "in") / "imagesTr"
+    scan = images.rename(images.with_name("imagesTs")) / "BRATS_001.nii.gz"
     image = np.zeros((20, 18, 16, 4), np.float32)
     image[2:18, 2:16, 2:14] = 1
-    image[4:10, 4:10, 4:10, 0] = image[4:7, 4:10, 4:10, 2] = 9
-    scan = tmp_path / "in" / "imagesTs" / "BRATS_001.nii.gz"
-    nib.save(nib.Nifti1Image(image, np.diag((-1.0, -1, 1, 1))), scan)
+    flair, t1gd = image[..., 0], image[..., 2]
+    flair[4:10, 4:10, 4:10] = 9
+    t1gd[4:7, 4:10, 4:10] = 9
+    nib.save(NIFTI_1(image, np.diag((-1.0, -1, 1, 1))), scan)
     mask, _ = predict(tmp_path, scan, Brightness(), kind="mri", spacing=(1.0, 1.0, 1.0))
-    assert np.array_equal(mask, np.where(image[..., 2] == 9, 2, image[..., 0] == 9))
+    assert np.array_equal(mask, np.where(t1gd == 9, 2, flair == 9))
 
 
 def test_bad_studies_are_reported_after_the_good_ones_are_written(tmp_path, capsys):
     l_shaped_study(tmp_path / "in" / "PETCT_1" / "a", "RAS")
     _, broken = l_shaped_study(tmp_path / "in" / "PETCT_0" / "b", "RAS")
     broken.write_bytes(broken.read_bytes()[:200])
-    args = (Threshold().eval(), CONFIG, tmp_path / "in", tmp_path / "out", CPU)
-    with pytest.raises(
-        UserError, match="1 studies were predicted; 1 problems .*\n.*b/SUV.nii.gz: cannot be"
-    ):
-        evaluation.predict(*args)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["PETCT_1__a.nii.gz"]
+    run = LoadedRun(Threshold(), CONFIG, CPU, {})
+    lenient = run._replace(config=replace(CONFIG, skip_bad=True))
+    places = tmp_path / "in", tmp_path / "out"
+    report = "1 studies were predicted; 1 problems .*\n.*b/SUV.nii.gz: cannot be"
+    with pytest.raises(UserError, match=report):
+        evaluation.predict(run, *places)
+    assert [path.name for path in places[1].iterdir()] == ["PETCT_1__a.nii.gz"]
     with pytest.raises(UserError, match="PETCT_1__a.nii.gz: exists already.* Add --overwrite"):
-        evaluation.predict(*args, skip_bad=True)
-    assert len(evaluation.predict(*args, skip_bad=True, overwrite=True)) == 1
+        evaluation.predict(lenient, *places)
+    assert len(evaluation.predict(lenient, *places, overwrite=True)) == 1
     assert "b/SUV.nii.gz: cannot be" in capsys.readouterr().err
 
 
@@ -374,38 +371,37 @@ def case_of(folder, label):
     """The study of l_shaped_study with a mask, preprocessed at its own 2 x 3 x 5 mm; its PET."""
     pet, scan = l_shaped_study(folder, "permuted")
     path = folder / "SEG.nii.gz"
-    nib.save(nib.Nifti1Image(label, GRIDS["permuted"][0]), path)
+    nib.save(NIFTI_1(label, GRIDS["permuted"][0]), path)
     study = Study("p/s", "p", "petct", Source(folder / "CTres.nii.gz"), Source(scan), path)
-    arrays, meta = preprocess(study, replace(PREPROCESSING["petct"], spacing=(2.0, 3.0, 5.0)))
-    for name, array in arrays.items():
-        np.save(folder / name, array)
-    meta["arrays"] = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
-    return Case(meta, folder), pet
+    settings = replace(PREPROCESSING["petct"], spacing=(2.0, 3.0, 5.0))
+    assert not write_case(study, lambda: preprocess(study, settings), folder / "cached")
+    return read_case(folder / "cached", study), pet
 
 
 def test_evaluation_is_on_the_grid_of_the_files(tmp_path):
-    """Known Dice, FPV, FNV and MTV in ml, and the threshold at SUV 4; an ill study, a healthy."""
+    """Known Dice, FPV, FNV and MTV in ml, and the threshold at SUV 4, with and without lesions."""
     label = np.zeros(SHAPE, np.uint8)
-    healthy, pet = case_of(tmp_path / "healthy", label)
+    negative, pet = case_of(tmp_path / "negative", label)
     label[5:9, 6:9, 4:20] = 1  # one arm of the L, 192 voxels
     label[18:20, 13:15, 22:24] = 1  # missed: cold
-    case, _ = case_of(tmp_path / "ill", label)
-    model, voxel, hot = Threshold().eval(), 0.03, int((pet > 5).sum())
+    positive, _ = case_of(tmp_path / "positive", label)
+    model = Threshold()
     model.branches = ("ct",)
-    row, alarm = evaluation.evaluate(model, [case, healthy], CONFIG, CPU)
-    assert row["study"] == "p/s" and row["patient"] == "p" and row["has_lesion"] is True
-    assert alarm["has_lesion"] is False
+    row, alarm = evaluation.evaluate(model, [positive, negative], CONFIG, CPU)
+    assert (row["study"], row["patient"], row["has_lesion"]) == ("p/s", "p", True)
+    hot = int((pet > 5).sum())
+    hot_ml = pytest.approx(hot * 0.03)
     for prefix in ("", "suv4_"):  # the lesion has SUV 10: both thresholds mark the same
         assert row[f"{prefix}dice"] == pytest.approx(2 * 192 / (hot + 200))
         assert row[f"{prefix}fpv_ml"] == alarm[f"{prefix}fnv_ml"] == alarm[f"{prefix}dice"] == 0
-        assert row[f"{prefix}fnv_ml"] == pytest.approx(8 * voxel)
-        assert row[f"{prefix}mtv_pred_ml"] == pytest.approx(hot * voxel)
-        assert alarm[f"{prefix}fpv_ml"] == pytest.approx(hot * voxel)
-    assert row["mtv_true_ml"] == pytest.approx(200 * voxel) == row["ct_fnv_ml"]
-    assert row["ct_dice"] == row["ct_mtv_pred_ml"] == 0 and "ct_mtv_true_ml" not in row
-    [cached] = evaluation.evaluate(model, [case], CONFIG, CPU, native=False)
+        assert row[f"{prefix}fnv_ml"] == pytest.approx(8 * 0.03)
+        assert row[f"{prefix}mtv_pred_ml"] == alarm[f"{prefix}fpv_ml"] == hot_ml
+    assert row["mtv_true_ml"] == row["ct_fnv_ml"] == pytest.approx(200 * 0.03)
+    assert row["ct_dice"] == row["ct_mtv_pred_ml"] == 0
+    assert "ct_mtv_true_ml" not in row
+    [cached] = evaluation.evaluate(model, [positive], CONFIG, CPU, native=False)
     assert cached["dice"] == pytest.approx(row["dice"])
-    assert not {"suv4_dice", "ct_dice"} & {*cached}
+    assert {"suv4_dice", "ct_dice"}.isdisjoint(cached)
 
 
 # ------------------------------------------------------------------ commands
@@ -415,11 +411,14 @@ def test_evaluation_is_on_the_grid_of_the_files(tmp_path):
 def others(tmp_path_factory, base, finished):
     """Untrained runs of v1, ct and pet on the data and splits of the finished one."""
     root = tmp_path_factory.mktemp("others")
-    for i, version in enumerate(("v1", "ct", "pet")):
-        own = {} if version == "v1" else {"widths": Config().widths, "phi": None}
-        config = replace(base, version=version, seed=i, **own)
-        config = resolve(config, "petct", phantom=False)
-        content = {"model": build_model(config).state_dict(), "epoch": 7, "val_dice": 0.25}
+    for seed, version in enumerate(("v1", "ct", "pet")):
+        config = replace(base, version=version, seed=seed)
+        if version != "v1":
+            config = replace(config, widths=Config().widths, phi=None)
+        config = resolve(config, "petct", simulated=False)
+        content = {"epoch": 7, "val_dice": 0.25}
+        content["model"] = build_model(config).state_dict()
+        content["config"] = to_dict(config, weights_only=True)
         (root / version).mkdir()
         save_checkpoint(root / version / "best.pt", content)
         save_config(root / version, config, "cpu")
@@ -428,7 +427,17 @@ def others(tmp_path_factory, base, finished):
 
 
 def evaluate(*words):
-    evaluation.run_command([str(word) for word in words])
+    evaluation.eval_command([str(word) for word in words])
+
+
+def change_config(run, **values):
+    """Change the options of a run, in its record and in its checkpoint."""
+    record = read_json(run / "config.json")
+    record["config"].update(values)
+    write_json(run / "config.json", record)
+    checkpoint = torch.load(run / "best.pt")
+    checkpoint["config"].update(values)
+    torch.save(checkpoint, run / "best.pt")
 
 
 def test_table_of_two_runs(others, finished, tmp_path, capsys):
@@ -437,170 +446,105 @@ def test_table_of_two_runs(others, finished, tmp_path, capsys):
     evaluate(run, others / "v1", "--out", tmp_path)
     table = capsys.readouterr().out.splitlines()
     assert re.split("  +", table[0].strip()) == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
-    assert [line.split("  ")[0] for line in table[1:3]] == ["Dice", "FPV ml"]
     assert "T accuracy" in table[8] and len(table) == 12
-    found = (tmp_path / run.name / "test_studies.csv").read_bytes()
-    assert found == (run / "test_studies.csv").read_bytes() and b"tumor_score" in found
+    results = (tmp_path / run.name / "test_studies.csv").read_bytes()
+    assert results == (run / "test_studies.csv").read_bytes()
+    assert b"tumor_score" in results
+
     frame = pd.read_csv(tmp_path / "v1" / "test_studies.csv")
-    summary = json.loads((tmp_path / "v1" / "summary.json").read_text())
-    assert sorted(frame["study"]) == json.loads((run / "splits.json").read_text())["test"]
+    assert sorted(frame["study"]) == read_json(run / "splits.json")["test"]
+    assert "tumor_score" not in frame
+    summary = read_json(tmp_path / "v1" / "summary.json")
+    facts = [summary[name] for name in ("checkpoint_epoch", "part", "val_dice", "rule")]
+    assert facts == [7, "test", 0.25, table[-1]]
     mean = frame.loc[frame["has_lesion"], "dice"].mean()
     assert summary["systems"]["model"]["dice"]["mean"] == pytest.approx(mean)
-    assert (summary["checkpoint_epoch"], summary["part"], summary["val_dice"]) == (7, "test", 0.25)
-    assert summary["rule"] == table[-1] and "tumor_score" not in frame
 
 
-def test_an_ensemble_averages_the_margins(base, cases, others, finished, tmp_path, capsys):
-    """Of two networks with other windows: the mask of the mean of both margins, and its scores."""
-    patch, runs = (32, 32, 32), [finished[0], tmp_path / "v1"]
-    shutil.copytree(others / "v1", runs[1])
-    config = json.loads((runs[1] / "config.json").read_text())
-    write_json(runs[1] / "config.json", {**config, "config": config["config"] | {"patch": patch}})
-    name = json.loads((runs[0] / "splits.json").read_text())["test"][0]
+def test_an_ensemble_averages_the_logits(base, cases, others, finished, tmp_path, capsys):
+    """Of two networks with other windows: the mask of the mean of both, and its scores."""
+    runs = [finished[0], shutil.copytree(others / "v1", tmp_path / "v1")]
+    change_config(runs[1], patch=[32, 32, 32])
+    name = read_json(runs[0] / "splits.json")["test"][0]
     case = next(case for case in cases if case.name == name)
-    opened = [evaluation.load_run(run, "best", {}) for run in runs]
-    images = case.load("images")
-    one, other = (evaluation.infer(net, images, own, CPU)[0] for net, own, *_ in opened)
-    assert not np.allclose(one, other)
-    mask = evaluation.to_native(case.meta, (one + other) / 2, evaluation.label_map)
+    foregrounds = []
+    for run in runs:
+        model, config, *_ = load_run(run, "best", {})
+        foregrounds.append(evaluation.infer(model, case.load("images"), config, CPU).maps["seg"])
+    mask = logits_to_native(case.meta, sum(foregrounds) / 2, evaluation.label_map)
+
     shutil.copytree(Path(base.data, name), tmp_path / "in" / name)
     evaluate(*runs, "--predict", tmp_path / "in", "--out", tmp_path / "masks")
     [path] = (tmp_path / "masks").iterdir()
     assert np.array_equal(np.asarray(nib.load(path).dataobj), mask)
     evaluate(*runs, "--ensemble", "--out", tmp_path / "both")
     row = pd.read_csv(tmp_path / "both" / "test_studies.csv", index_col="study").loc[name]
-    assert row["mtv_pred_ml"] == pytest.approx(mask.sum() * 5 * 5 * 6 / 1000)
-    assert "tumor_score" not in row and str(tmp_path / "both") in capsys.readouterr().out
-    write_json(runs[1] / "splits.json", {"train": ["a"], "val": ["b"], "test": [name]})
-    with pytest.raises(UserError, match="the other runs have other splits"):
-        evaluate(*runs, "--ensemble", "--out", tmp_path / "both")
-    capsys.readouterr()
-    both = ("--ensemble", "--out", tmp_path / "both", "--data", base.data)
+    assert row["mtv_pred_ml"] == pytest.approx(mask.sum() * 0.15)
+    assert "tumor_score" not in row
+    assert str(tmp_path / "both") in capsys.readouterr().out
+
+
+def test_an_ensemble_has_not_seen_its_test_studies(base, others, finished, tmp_path, capsys):
+    runs = [finished[0], shutil.copytree(others / "v1", tmp_path / "v1")]
+    name = read_json(runs[0] / "splits.json")["test"][0]
     write_json(runs[1] / "splits.json", {"train": [name], "val": ["b"], "test": ["c"]})
-    evaluate(*runs, *both)
+    words = (*runs, "--ensemble", "--out", tmp_path / "both")
+    with pytest.raises(UserError, match="in splits"):
+        evaluate(*words)
+    evaluate(*words, "--data", base.data)
     assert f"{runs[1]}: 1 of these" in capsys.readouterr().err  # not of the first run alone
-    write_json(
-        runs[1] / "config.json", config | {"config": config["config"] | {"spacing": [9] * 3}}
-    )
-    with pytest.raises(UserError, match="its spacing is not that of"):
-        evaluate(*runs, "--predict", tmp_path / "in", "--out", tmp_path / "masks")
 
 
-def test_an_ensemble_refuses_runs_of_other_classes(monkeypatch):
-    def opened(run, *_):
-        return SimpleNamespace(variant=SimpleNamespace(classes=(run.name,))), Config(), None, None
-
-    monkeypatch.setattr(evaluation, "load_run", opened)
-    with pytest.raises(UserError, match="core: its classes is not that of edema"):
-        evaluation.open_runs([Path("edema"), Path("core")], "best", {})
-
-
-def test_predictions_of_unlabelled_studies_match_the_evaluation(base, finished, tmp_path, capsys):
-    """--predict writes what the evaluation measured: the same volume."""
-    frame = pd.read_csv(finished[0] / "test_studies.csv").set_index("study")
-    name, volume = frame["mtv_pred_ml"].idxmax(), frame["mtv_pred_ml"].max()
-    shutil.copytree(Path(base.data, name), tmp_path / "in" / name)
-    (tmp_path / "in" / name / "SEG.nii.gz").unlink()
-    evaluate(finished[0], "--predict", tmp_path / "in", "--out", tmp_path / "masks")
-    path = tmp_path / "masks" / f"{name.replace('/', '__')}.nii.gz"
-    assert capsys.readouterr().out == f"{path}\n"
-    mask = nib.load(path)
-    found = np.asarray(mask.dataobj).sum() * np.prod(mask.header.get_zooms()) / 1000
-    assert found == pytest.approx(volume, rel=1e-4) and volume > 0
-
-
-def test_other_parts_and_moved_data(base, finished, tmp_path, capsys):
-    run, splits = finished[0], json.loads((finished[0] / "splits.json").read_text())
+def test_other_parts_and_moved_data(base, cases, finished, tmp_path, capsys):
+    run = finished[0]
+    results = tmp_path / run.name
     evaluate(run, "--part", "val", "--out", tmp_path)
-    own = tmp_path / run.name
-    assert {path.name for path in own.iterdir()} == {"val_studies.csv", "val_summary.json"}
+    assert {path.name for path in results.iterdir()} == {"val_studies.csv", "val_summary.json"}
     shutil.copytree(base.data, tmp_path / "moved")
     moved = ("--data", tmp_path / "moved", "--cache", tmp_path / "cache", "--out", tmp_path)
     evaluate(run, *moved)  # still the test part
-    assert sorted(pd.read_csv(own / "test_studies.csv")["study"]) == splits["test"]
+    test = read_json(run / "splits.json")["test"]
+    assert sorted(pd.read_csv(results / "test_studies.csv")["study"]) == test
     capsys.readouterr()
     evaluate(run, *moved, "--part", "all")
     assert "6 of these 9 studies trained or selected it" in capsys.readouterr().err
-    part, chosen = evaluation.choose_cases(run, None, {"data": "x"}, [Case({"name": "new"})])
-    assert part == "all" and len(chosen) == 1  # it has seen none of these
+
+    new = [Case(replace(cases[0].meta, name="new"), None)]
+    part, chosen = evaluation.choose_cases(run, None, {"data": "x"}, new)
+    assert part == "all" and chosen == new  # it has seen none of these
     with pytest.raises(UserError, match="3 studies of its test part are not in the data"):
-        evaluation.choose_cases(run, "test", {"data": "x"}, chosen)
+        evaluation.choose_cases(run, "test", {"data": "x"}, new)
 
 
 def test_late_fusion_is_what_its_name_says(others, tmp_path, capsys):
     """Of two sets of voxels, the union and the intersection together are as large as the two."""
-    pair = [others / "ct", others / "pet"]
-    evaluate(*pair, "--out", tmp_path)
-    folders = {run.name: tmp_path / run.name for run in pair}
-    for mode in LATE_FUSIONS:
+    runs = ct, pet = others / "ct", others / "pet"
+    evaluate(ct, pet, "--out", tmp_path)
+    folders = [tmp_path / "ct", tmp_path / "pet"]
+    for join in LATE_FUSIONS:
         capsys.readouterr()
-        evaluate(*pair, "--late-fusion", mode)
-        folder = folders[mode] = others / f"late_fusion_{mode}"
-        assert capsys.readouterr().out.splitlines()[0].split()[0] == str(folder)
-        record = json.loads((folder / "config.json").read_text())
-        assert record["late_fusion"] == mode and record["runs"] == [str(run) for run in pair]
+        evaluate(ct, pet, "--late-fusion", join)
+        folder = others / f"late_fusion_{join}"
+        folders.append(folder)
+        assert capsys.readouterr().out.split()[0] == str(folder)
+        record = read_json(folder / "config.json")
+        assert record["late_fusion"] == join and record["runs"] == [*map(str, runs)]
         assert record["config"]["version"] == "ct" and (folder / "splits.json").exists()
-    tables = {name: pd.read_csv(path / "test_studies.csv") for name, path in folders.items()}
-    ml = pd.DataFrame({name: table["mtv_pred_ml"] for name, table in tables.items()})
-    assert np.allclose(ml["union"] + ml["intersection"], ml["ct"] + ml["pet"])
-    assert (ml["intersection"] < ml[["ct", "pet", "logits"]].min(axis=1)).all()
-    assert (ml["union"] > ml[["ct", "pet", "logits"]].max(axis=1)).all()
+    ml = [pd.read_csv(folder / "test_studies.csv")["mtv_pred_ml"] for folder in folders]
+    ct, pet, logits, union, intersection = ml
+    assert np.allclose(union + intersection, ct + pet)
+    assert (intersection < np.minimum(logits, pet)).all()
+    assert (union > np.maximum(logits, pet)).all()
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("overlap", 0.5), ("patch", [32] * 3), ("spacing", [20.0] * 3), ("ct", "other"),
-        ("splits", {}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, value", [("overlap", 0.5), ("patch", [32] * 3), ("ct", "other")])
 def test_late_fusion_refuses_runs_that_differ(others, tmp_path, name, value):
-    other = shutil.copytree(others / "pet", tmp_path / name)
-    if name == "splits":
-        write_json(other / "splits.json", dict.fromkeys(("train", "val", "test"), []))
-    else:
-        config = json.loads((other / "config.json").read_text())["config"]
-        write_json(other / "config.json", {"config": config | {name: value}})
-    with pytest.raises(UserError, match=f"{name}: its {name} is not that of"):
-        evaluate(others / "ct", other, "--late-fusion", "union", "--out", tmp_path / "out")
+    other = shutil.copytree(others / "pet", tmp_path / "pet")
+    words = (others / "ct", other, "--late-fusion", "union", "--out", tmp_path / "out")
+    write_json(other / "splits.json", {"train": [], "val": [], "test": []})
+    with pytest.raises(UserError, match="pet: differs from .* in splits"):
+        evaluate(*words)
+    change_config(other, **{name: value})
+    with pytest.raises(UserError, match=f"pet: differs from .* in {name}"):
+        evaluate(*words)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--predict", "{data}"], "--predict: give the folder of the masks"),
-        (["--with", "phi=none"], "--with goes with --table"),
-        (["--ensemble"], "--ensemble goes with"),
-        (["--predict", "{data}", "--table", "3"], "choose one"),
-        (["--overwrite"], "--overwrite goes with --predict"),
-        (["--predict", "{data}", "--out", ""], "'': an empty string is no value"),
-        (["--data="], "'--data=': an empty string is no value"),
-        (["--table", "3", "--part", "val"], "--part has no effect"),
-        (["{pet}", "--table", "3"], "--table takes one folder"),
-        (["--late-fusion", "union"], "--late-fusion takes two runs"),
-        (["{pet}/../ct", "--late-fusion", "union"], "a run of `ct`, then .* not ct and ct"),
-        (["{pet}/../ct", "--out", "x"], "two runs have one name"),
-        (["{pet}", "--late-fusion", "union", "--out", "{run}"], "holds a run"),
-        (["--out", "{full}"], "holds a run"),
-        (["--data", "{data}/nothing"], "no such folder"),
-        (["--data", "{mri}"], "made for PET/CT"),
-        (["--predict", "{mri}", "--out", "{mri}/masks"], "the run was trained on PET/CT"),
-        (["--overlap", "1"], "--overlap 1.0"),
-        (["--checkpoint", "last"], "no such checkpoint"),
-    ],
-)
-def test_commands_that_cannot_be_done(
-    others, base, finished, msd, tmp_path, monkeypatch, capsys, options, message
-):
-    """They end with one message and exit code 2."""
-    places = {"data": base.data, "mri": msd(1), "run": finished[0], "pet": others / "pet"}
-    (tmp_path / "ct").mkdir()
-    (tmp_path / "ct" / "metrics.csv").touch()
-    words = [option.format(**places, full=tmp_path) for option in options]
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(others / "ct"), *words])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(evaluation.__file__, run_name="__main__")
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == "" and err.startswith("error: ")
-    assert re.search(message, err) and err.count("\n") == 1

@@ -2,187 +2,230 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import las, mri_arrays, petct_arrays, write_nifti
+from conftest import (
+    MSD_LABELS,
+    PETCT_LABELS,
+    las,
+    mri_arrays,
+    petct_arrays,
+    write_decathlon,
+    write_nnunet,
+    write_study,
+)
 
 import eval
 import train
-from files import write_json
+from common import write_json
 from runs import load_checkpoint
 from studies import find_studies, read_study
 
-HEX = [f"{i:x}{i:x}7c1e09ab" for i in range(3)]
+FLAIR_TO_T2 = ("FLAIR", "T1w", "t1gd", "T2w")  # the images of mri_arrays
+HEX = ["007c1e09ab", "117c1e09ab", "227c1e09ab"]
 FDG = [f"fdg_{x}_0{x[0]}-23-2003-NA-PET-CT Ganzkoerper  primaer mit KM-1{x[0]}445" for x in HEX]
-PSMA = [f"psma_{x}2f84be_2018-04-1{i}" for i, x in enumerate(HEX)]
-MRI = {"flair": "FLAIR", "t1": "T1w", "t1ce": "t1gd", "t2": "T2w"}  # suffix -> mri_arrays
-MRI_2023 = {"t2f": "FLAIR", "t1n": "T1w", "t1c": "t1gd", "t2w": "T2w"}
+PSMA = [f"psma_{x}2f84be_2018-04-1{x[0]}" for x in HEX]
 
 
-def nnunet(cases, channels, labels, arrays, splits=False):
-    """A writer of an nnU-Net raw folder; arrays(i) gives the images in order, then the mask."""
-
-    def write(root):
-        for i, case in enumerate(cases):
-            *images, mask = arrays(i)
-            for k, image in enumerate(images):
-                write_nifti(root / f"imagesTr/{case}_{k:04d}.nii.gz", image, las())
-            write_nifti(root / f"labelsTr/{case}.nii.gz", mask, las())
-        names = {str(k): name for k, name in enumerate(channels)}
-        content = {"channel_names": names, "labels": labels, "file_ending": ".nii.gz"}
-        write_json(root / "dataset.json", content | {"numTraining": len(cases) + 1})
-        if splits:
-            folds = [{"train": cases[:2], "val": cases[2:]}, {"train": cases[1:], "val": cases[:1]}]
-            write_json(root / "splits_final.json", folds)
-
-    return write
+def petct_images(i):
+    return [*petct_arrays(i).values()]
 
 
-def brats(folders, suffixes, between, end, labels, mask="seg", named=True):
-    """A writer of BraTS; labels: the values of background, edema, core and enhancing tumour."""
-
-    def write(root):
-        for i, folder in enumerate(folders):
-            made, case = mri_arrays(i), folder.split("/")[-1] if named else ""
-            for suffix, name in suffixes.items():
-                write_nifti(root / folder / f"{case}{between}{suffix}{end}", made[name], las())
-            seg = np.choose(made["label"], labels).astype(np.uint8)
-            if labels == NEW:
-                seg[2, 2, 2] = 4  # the cavity of a resection is no tumour
-            stem = mask if i == 0 and mask != "seg" else f"{case}{between}seg"
-            write_nifti(root / folder / f"{stem}{end}", seg, las())
-
-    return write
-
-
-def tree(patients):
-    def write(root):
-        for i, patient in enumerate(patients):
-            for stem, array in petct_arrays(i).items():
-                write_nifti(
-                    root / patient / "01-01-2000-NA-PET-CT" / f"{stem}.nii.gz", array, las()
-                )
-
-    return write
-
-
-def decathlon(root):
-    for i in range(3):
-        made, case = mri_arrays(i), f"BRATS_{i:03d}.nii.gz"
-        stack = np.stack([made[name] for name in MRI.values()], -1)
-        write_nifti(root / "imagesTr" / case, stack, las())
-        write_nifti(root / "labelsTr" / case, made["label"], las())
-    labels = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
-    names = {str(k): name for k, name in enumerate(MRI.values())}
-    write_json(root / "dataset.json", {"modality": names, "labels": labels})
-
-
-def pet_ct(i, lesion=1, other=None):
-    made = petct_arrays(i)
-    if other:  # a corner of the body that is no lesion
-        made["SEG"][12, 9, 3] = other
-    return made["CTres"], made["SUV"], made["SEG"] * np.uint8(lesion) if lesion > 1 else made["SEG"]
-
-
-def gtv(i):
-    ct, pet, mask = pet_ct(i)
+def gtv_images(i):
+    """A lesion of two labels."""
+    ct, pet, mask = petct_images(i)
     mask[11] *= 2
     return ct, pet, mask
 
 
-def four(i):
-    made = mri_arrays(i)
-    return *(made[name] for name in MRI.values()), made["label"]
+def liver_images(i):
+    """A corner of the body has label 3, which is no lesion."""
+    ct, pet, mask = petct_images(i)
+    mask[12, 9, 3] = 3
+    return ct, pet, mask
 
 
-TUMOUR = {"background": 0, "tumor": 1}
-REGIONS = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}
-PARTS = {"background": 0, "SNFH": 1, "NETC": 2, "ET": 3}
-CTS, T2, T3 = ("CT", "CT"), [f"BraTS20_Training_00{i}" for i in range(3)], "BraTS-GLI-0000{}-10{}"
-OLD, NEW, IN_2018 = (0, 2, 1, 4), (0, 2, 1, 3), [f"HGG/Brats18_TCIA0{i}_1" for i in range(3)]
-IN_2024 = [T3.format(i // 2, i % 2) for i in range(5)]
-
-# Its writer, the options that it needs, names and patients, words that the console says.
-ROWS = {
-    "autoPET III, FDG": (nnunet(FDG, CTS, TUMOUR, pet_ct), {}, FDG, [f"fdg_{x}" for x in HEX],
-                         ["both channels are named CT", "numTraining 4, 3 masks"]),
-    "autoPET III, PSMA": (nnunet(PSMA, CTS, TUMOUR, pet_ct), {}, PSMA,
-                          [f"psma_{x}2f84be" for x in HEX], ["0 is CT and 1 is SUV"]),
-    "its splits": (nnunet(FDG, CTS, TUMOUR, pet_ct, splits=True), {"splits": "splits_final.json"},
-                   FDG, [f"fdg_{x}" for x in HEX], []),
-    "channels by number": (nnunet(PSMA, ("x", "y"), TUMOUR, pet_ct),
-                           {"channels": ("ct=0", "pet=1")}, PSMA,
-                           [f"psma_{x}2f84be" for x in HEX], []),
-    "one label": (nnunet("abc", ("CT", "FDG-PET"), {"background": 0, "uptake": 1}, pet_ct), {},
-                  [*"abc"], [*"abc"], ["names do not tell the patient"]),
-    "HECKTOR": (nnunet("abc", ("CT", "PT"), {"background": 0, "GTVp": 1, "GTVn": 2}, gtv), {},
-                [*"abc"], [*"abc"], []),
-    "named lesions": (nnunet("abc", ("CT", "SUVbw"), {"background": 0, "liver": 3, "peri lesion": 2,
-                      "primary_tumour": 1}, lambda i: pet_ct(i, other=3)), {}, [*"abc"], [*"abc"],
-                      ["lesions: 1 primary tumour; background: 2 peri lesion, 3 liver"]),
-    "lesions by number": (nnunet("abc", ("CT", "PET"), {"background": 0, "hot": 1, "warm": 2}, gtv),
-                          {"lesion_labels": (1, 2)}, [*"abc"], [*"abc"], []),
-    "BraTS 2018": (brats(IN_2018, MRI, "_", ".nii.gz", OLD), {},
-                   [n[4:] for n in IN_2018], [n[4:] for n in IN_2018], []),
-    "BraTS, cases named by folders": (
-        brats(T2, MRI, "", ".nii.gz", OLD, named=False), {}, T2, T2, []),
-    "BraTS 2020": (brats(T2, MRI, "_", ".nii", OLD, mask="W39_1998.09.19_Segm"), {}, T2, T2, []),
-    "BraTS 2024": (brats(IN_2024, MRI_2023, "-", ".nii.gz", NEW), {}, IN_2024,
-                   [name[:15] for name in IN_2024], []),
-    "regions": (nnunet("abc", MRI, REGIONS, four), {}, [*"abc"], [*"abc"], []),
-    "parts": (nnunet("abc", MRI, PARTS, four), {}, [*"abc"], [*"abc"], []),
-    "Decathlon": (decathlon, {}, [f"BRATS_00{i}" for i in range(3)],
-                  [f"BRATS_00{i}" for i in range(3)], []),
-    "AutoPET tree": (tree([f"PETCT_{x}" for x in HEX]), {},
-                     [f"PETCT_{x}/01-01-2000-NA-PET-CT" for x in HEX],
-                     [f"PETCT_{x}" for x in HEX], []),
-    "PSMA tree": (tree([f"PSMA_{x}2f84be" for x in HEX]), {},
-                  [f"PSMA_{x}2f84be/01-01-2000-NA-PET-CT" for x in HEX],
-                  [f"PSMA_{x}2f84be" for x in HEX], []),
-}  # fmt: skip
+def mri_images(i):
+    arrays = mri_arrays(i)
+    return [arrays[name] for name in (*FLAIR_TO_T2, "label")]
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_a_layout_trains_and_predicts(base, tmp_path, monkeypatch, capsys, row):
-    write, options, names, patients, words = ROWS[row]
+def nnunet(cases, channels=("CT", "PET"), labels=PETCT_LABELS, images=petct_images):
+    """A writer of an nnU-Net raw folder, where images(i) are those of a case, then the mask."""
+
+    def write(root):
+        arrays = {case: images(i) for i, case in enumerate(cases)}
+        write_nnunet(root, arrays, channels, labels)
+
+    return write
+
+
+def write_autopet(root):
+    nnunet(FDG, ("CT", "CT"))(root)
+    folds = [{"train": FDG[:2], "val": FDG[2:]}, {"train": FDG[1:], "val": FDG[:1]}]
+    write_json(root / "splits_final.json", folds)
+
+
+def brats(folders, ends, separator="_", mask="seg", labels=(0, 2, 1, 4), end=".nii.gz"):
+    """A writer of BraTS; labels: the values of background, edema, core and enhancing tumour.
+
+    mask: the first case names its mask so.
+    """
+
+    def write(root):
+        for i, folder in enumerate(folders):
+            *images, label = mri_images(i)
+            seg = np.choose(label, labels).astype(np.uint8)
+            if ends[0] == "t2f":
+                seg[2, 2, 2] = 4  # the cavity of a resection is no tumour
+            case = folder.split("/")[-1]
+            arrays = {}
+            for name, image in zip((*ends, "seg"), (*images, seg), strict=True):
+                arrays[f"{case}{separator}{name}" if separator else name] = image
+            if mask != "seg" and i == 0:
+                arrays[mask] = arrays.pop(f"{case}{separator}seg")
+            write_study(root / folder, arrays, end=end)
+
+    return write
+
+
+def write_tree(root):
+    for i, x in enumerate(HEX):
+        write_study(root / f"PETCT_{x}" / "01-01-2000-NA-PET-CT", petct_arrays(i))
+
+
+def decathlon(root):
+    cases = {f"BRATS_00{i}": mri_arrays(i) for i in range(3)}
+    write_decathlon(root, cases, FLAIR_TO_T2, MSD_LABELS, las())
+
+
+BRATS_2020 = [f"BraTS20_Training_00{i}" for i in range(3)]
+BRATS_2018 = [f"Brats18_TCIA0{i}_1" for i in range(3)]
+BRATS_2024 = [f"BraTS-GLI-0000{i // 2}-10{i % 2}" for i in range(5)]
+OLD_ENDS = ("flair", "t1", "t1ce", "t2")
+NEW_ENDS = ("t2f", "t1n", "t1c", "t2w")
+GTVS = {"background": 0, "GTVp": 1, "GTVn": 2}
+NAMED = {"background": 0, "liver": 3, "peri lesion": 2, "primary_tumour": 1}
+FDG_PATIENTS = [f"fdg_{x}" for x in HEX]
+PSMA_PATIENTS = [f"psma_{x}2f84be" for x in HEX]
+
+
+class Example(NamedTuple):
+    write: Callable
+    names: list[str]
+    patients: list[str] = []  # none: as the names
+    words: tuple[str, ...] = ()  # what is printed
+    options: dict = {}
+
+
+ABC = ["a", "b", "c"]
+NUMBERED = {"channels": ("ct=0", "pet=1")}
+EXAMPLES = {
+    "autoPET III, FDG": Example(
+        write_autopet,
+        FDG,
+        FDG_PATIENTS,
+        ("both channels are named CT", "0 is CT and 1 is SUV"),
+    ),
+    "channels by number": Example(nnunet(PSMA, ("x", "y")), PSMA, PSMA_PATIENTS, options=NUMBERED),
+    "one label": Example(
+        nnunet(ABC, ("CT", "FDG-PET"), {"background": 0, "uptake": 1}),
+        ABC,
+        words=("names do not tell the patient",),
+    ),
+    "HECKTOR": Example(nnunet(ABC, ("CT", "PT"), GTVS, gtv_images), ABC),
+    "named lesions": Example(
+        nnunet(ABC, ("CT", "SUVbw"), NAMED, liver_images),
+        ABC,
+        words=("have the classes {0: 0, 1: 1, 2: 0, 3: 0}",),
+    ),
+    "lesions by number": Example(
+        nnunet(ABC, labels={"background": 0, "hot": 1, "warm": 2}, images=gtv_images),
+        ABC,
+        options={"lesion_labels": (1, 2)},
+    ),
+    "BraTS 2018": Example(brats([f"HGG/{name}" for name in BRATS_2018], OLD_ENDS), BRATS_2018),
+    "BraTS, cases named by folders": Example(brats(BRATS_2020, OLD_ENDS, separator=""), BRATS_2020),
+    "BraTS 2020": Example(
+        brats(BRATS_2020, OLD_ENDS, mask="W39_1998.09.19_Segm", end=".nii"),
+        BRATS_2020,
+    ),
+    "BraTS 2024": Example(
+        brats(BRATS_2024, NEW_ENDS, separator="-", labels=(0, 2, 1, 3)),
+        BRATS_2024,
+        [name[:15] for name in BRATS_2024],
+    ),
+    "Decathlon": Example(decathlon, [f"BRATS_00{i}" for i in range(3)]),
+    "AutoPET tree": Example(
+        write_tree,
+        [f"PETCT_{x}/01-01-2000-NA-PET-CT" for x in HEX],
+        [f"PETCT_{x}" for x in HEX],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_layout_trains_and_predicts(base, tmp_path, monkeypatch, capsys, name):
+    example = EXAMPLES[name]
     root = tmp_path / "data of a user"
-    write(root)
-    told = options | {n: str(root / f) for n, f in options.items() if n == "splits"}
-    named = {n: options[n] for n in ("channels", "lesion_labels") if n in options}
-    found = find_studies(root, **named)
-    assert [s.name for s in found.studies] == sorted(names) and found.findings == []
-    assert [s.patient for s in found.studies] == sorted(patients)
-    order = sorted(range(len(names)), key=lambda i: names[i])
-    for i, study in zip(order, found.studies, strict=True):
+    example.write(root)
+    splits = root / "splits_final.json"
+    channels = example.options.get("channels", ())
+    folder = find_studies(
+        root, channels=channels, lesion_labels=example.options.get("lesion_labels", ())
+    )
+    assert [study.name for study in folder.studies] == example.names and folder.findings == []
+    patients = [study.patient for study in folder.studies]
+    assert patients == (example.patients or example.names)
+
+    for i, study in enumerate(folder.studies):
+        if folder.kind == "petct":
+            ct, pet, mask = petct_images(i)
+        else:
+            ct, _, pet, _, label = mri_images(i)
+            mask = np.minimum(label, 2)
         volumes = read_study(study)
-        made = petct_arrays(i) if found.kind == "petct" else mri_arrays(i)
-        ct, pet = ("CTres", "SUV") if found.kind == "petct" else ("FLAIR", "t1gd")
-        truth = made["SEG"] if found.kind == "petct" else np.minimum(made["label"], 2)
-        for slot, array in (("ct", made[ct]), ("pet", made[pet]), ("label", truth)):
+        for slot, array in (
+            ("ct", ct),
+            ("pet", pet),
+            ("label", mask),
+        ):
             assert np.array_equal(volumes[slot].data, array), slot
+
     monkeypatch.setattr(train.plots, "pictures", lambda *args: None)
     config = replace(
-        base, version="v2", data=str(root), cache=str(tmp_path / "cache"), epochs=1, steps=1,
-        phi=None, spacing=(8.0,) * 3, out=str(tmp_path / "run"), **told,
-    )  # fmt: skip
+        base,
+        version="v2",
+        data=str(root),
+        cache=str(tmp_path / "cache"),
+        epochs=1,
+        steps=1,
+        phi=None,
+        spacing=(8.0,) * 3,
+        splits=str(splits) if splits.exists() else None,
+        out=str(tmp_path / "run"),
+        **example.options,
+    )
     train.train(config)
-    said = capsys.readouterr().out
-    assert all(word in said for word in words), said
-    if "splits" in options:
-        splits = json.loads((tmp_path / "run/splits.json").read_text())
-        assert splits["test"] == FDG[2:] and {*splits["train"], *splits["val"]} == {*FDG[:2]}
+    printed = capsys.readouterr().out
+    for words in example.words:
+        assert words in printed
+    if splits.exists():
+        chosen = json.loads((tmp_path / "run/splits.json").read_text())
+        assert chosen["test"] == FDG[2:] and sorted(chosen["train"] + chosen["val"]) == FDG[:2]
     assert load_checkpoint(tmp_path / "run/last.pt")["epoch"] == 1
-    to_predict = ["--channels", *options["channels"]] if "channels" in options else []
-    line = [str(tmp_path / "run"), "--predict", str(root), "--out", str(tmp_path / "masks")]
-    eval.run_command(line + to_predict)
+
+    line = [str(tmp_path / "run"), "--out", str(tmp_path / "masks"), "--predict", str(root)]
+    eval.eval_command([*line, "--channels", *channels] if channels else line)
     masks = {path.name for path in (tmp_path / "masks").iterdir()}
-    assert masks == {f"{name.replace('/', '__')}.nii.gz" for name in names}
-    if row == "autoPET III, FDG":
+    assert masks == {f"{name.replace('/', '__')}.nii.gz" for name in example.names}
+    if name == "autoPET III, FDG":
         (root / "dataset.json").unlink()
         shutil.rmtree(tmp_path / "masks")
-        line[2] = str(root / "imagesTr")
-        eval.run_command(line)
+        eval.eval_command([*line[:-1], str(root / "imagesTr")])
         assert {path.name for path in (tmp_path / "masks").iterdir()} == masks
         assert "_0000 is taken for CT and _0001 for PET" in capsys.readouterr().err

@@ -6,39 +6,37 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from losses import LOSSES, UNKNOWN, dice_ce, gradient_norms, reconstruction
+from losses import LOSSES, UNKNOWN_ORGANS, dice_ce, gradient_norms, reconstruction
 from mirror_unet import MirrorUNet, Output
 
 torch.set_num_threads(1)  # tensors are small: more threads only wait for each other
 
-TERMS = {  # of every version, by the weight that scales them
-    ("petct", "v1"): {"lambda_rec": {"rec_ct"}, "lambda_seg": {"seg"}},
-    ("petct", "v2"): {"lambda_rec": {"rec_ct", "rec_pet"}, "lambda_seg": {"seg"}},
-    ("petct", "v3"): {
-        "lambda_rec": {"rec_ct", "rec_pet"}, "lambda_seg": {"seg"}, "lambda_cls": {"cls"},
-    },
-    ("petct", "v4"): {None: {"seg"}},  # Eq. 4 has no weights
-    ("petct", "v5"): {
-        "lambda_rec": {"rec_pet"}, "lambda_seg": {"seg"}, "lambda_cls": {"cls"},
-        "lambda_org": {"organs"},
-    },
-    ("mri", "v1"): {"lambda_seg": {"seg_edema", "seg_core"}},
-    ("mri", "v2"): {"lambda_seg": {"seg_edema", "seg_core", "seg_whole"}},
-    ("mri", "v2-rec"): {"lambda_rec": {"rec_ct", "rec_pet"}, "lambda_seg": {"seg"}},
-}  # fmt: skip
+WEIGHTS = {"lambda_rec": 0.01, "lambda_seg": 0.7, "lambda_cls": 0.3, "lambda_org": 0.2}
+TERMS = {
+    ("petct", "v1"): "rec_ct seg",
+    ("petct", "v2"): "rec_ct seg rec_pet",
+    ("petct", "v3"): "rec_ct seg rec_pet cls",
+    ("petct", "v4"): "seg",
+    ("petct", "v5"): "organs seg rec_pet cls",
+    ("mri", "v1"): "seg_edema seg_core",
+    ("mri", "v2"): "seg_edema seg_core seg_whole",
+    ("mri", "v2-rec"): "rec_ct seg rec_pet",
+}
 
 
-def weights(rec="l2", **changed):
-    given = {"lambda_rec": 0.01, "lambda_seg": 0.7, "lambda_cls": 0.3, "lambda_org": 0.2}
-    given["rec"] = rec
-    return SimpleNamespace(**given | changed)
-
-
-def values(terms):
+def loss_values(kind, version, out, batch, **options):
+    """The terms of a version's loss as numbers; options: weights other than WEIGHTS, or rec."""
+    weights = SimpleNamespace(**{"rec": "l2", **WEIGHTS, **options})
+    terms = LOSSES[kind][version](out, batch, weights)
     return {name: term.item() for name, term in terms.items()}
 
 
-def example(classes):
+def check_losses(kind, version, out, batch, expected, **options):
+    values = loss_values(kind, version, out, batch, **options)
+    assert values == pytest.approx(expected, abs=1e-5), version
+
+
+def wave_example(classes):
     """Logits (2, classes, 4, 5, 6) and a mask whose second crop has no lesion."""
     t = torch.arange(2 * classes * 120, dtype=torch.float64)
     logits = (3 * torch.sin(0.7 * t)).float().reshape(2, classes, 4, 5, 6)
@@ -50,18 +48,21 @@ def example(classes):
 # MONAI 1.6.1: DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 @pytest.mark.parametrize(("classes", "monai"), [(2, 2.545417), (3, 3.412932)])
 def test_dice_ce_equals_monai(classes, monai):
-    assert dice_ce(*example(classes)).item() == pytest.approx(monai, abs=1e-5)
+    y, logits = wave_example(classes)
+    assert dice_ce(y, logits).item() == pytest.approx(monai, abs=1e-5)
 
 
 def test_an_empty_mask_has_a_finite_loss_that_lowers_the_foreground():
-    y, logits = torch.zeros(1, 4, 4, 4), torch.zeros(1, 2, 4, 4, 4, requires_grad=True)
+    y = torch.zeros(1, 4, 4, 4)
+    logits = torch.zeros(1, 2, 4, 4, 4, requires_grad=True)
     loss = dice_ce(y, logits)
     assert loss.item() == pytest.approx(1 + math.log(2), abs=1e-5)  # Dice 0, p = 1/2 everywhere
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.isfinite().all()
     assert (gradient[:, 1] > 0).all() and (gradient[:, 0] < 0).all()
-    sure = torch.tensor([40.0, 0.0]).reshape(1, 2, 1, 1, 1).expand(1, 2, 4, 4, 4)
-    assert dice_ce(y, sure).item() == pytest.approx(0, abs=1e-5)  # nothing found, nothing there
+    background = torch.zeros(1, 2, 4, 4, 4)
+    background[:, 0] = 40.0
+    assert dice_ce(y, background).item() == pytest.approx(0, abs=1e-5)  # a correct empty mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -72,37 +73,43 @@ def test_half_precision_outputs_are_summed_in_float32(dtype):
     loss = dice_ce(y, logits.to(dtype))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(dice_ce(y, logits).item(), abs=1e-6)
-    x, x_hat = torch.zeros(1, 1, 2, 2, 2), torch.full((1, 1, 2, 2, 2), 300.0)  # 300^2 overflows
-    norm = reconstruction(x, x_hat.to(dtype))
+
+    x = torch.zeros(1, 1, 2, 2, 2)
+    norm = reconstruction(x, x.to(dtype) + 300)  # 300^2 overflows float16
     assert norm.dtype == torch.float32
     assert norm.item() == pytest.approx(300 * math.sqrt(8), rel=1e-2)  # bfloat16 has 8 bits
 
 
 def differing(*differences):
-    """x and x_hat (B, 1, 2, 2, 2): sample b differs by differences[b] in its first voxels."""
+    """x and x_hat (B, 1, 2, 2, 2): sample b differs by differences[b] in its first two voxels."""
     x = torch.arange(8.0 * len(differences)).reshape(-1, 1, 2, 2, 2)
     x_hat = x.clone()
-    for sample, by in zip(x_hat.flatten(1), differences, strict=True):
-        sample[: len(by)] += torch.tensor(by)
+    x_hat[:, 0, 0, 0] += torch.tensor(differences)
     return x, x_hat
 
 
 @pytest.mark.parametrize(
     ("rec", "loss", "slopes"),
-    [("l2", (0 + 5) / 2, [0.6 / 2, 0.8 / 2]), ("mse", 25 / 16, [2 * 3 / 16, 2 * 4 / 16])],
+    [
+        ("l2", (0 + 5) / 2, [0.6 / 2, 0.8 / 2]),
+        ("mse", 25 / 16, [2 * 3 / 16, 2 * 4 / 16]),
+    ],
 )
 def test_reconstruction_is_the_mean_norm_or_the_mean_square(rec, loss, slopes):
-    x, x_hat = differing((), (3.0, 4.0))  # the first sample is perfect: its gradient is finite
+    x, x_hat = differing((0.0, 0.0), (3.0, 4.0))  # the first is perfect: its gradient is finite
     x_hat.requires_grad_()
-    found = reconstruction(x, x_hat, rec)
-    (gradient,) = torch.autograd.grad(found, x_hat)
-    assert found.item() == pytest.approx(loss) and gradient[0].eq(0).all()
-    assert gradient[1].flatten()[:2].tolist() == pytest.approx(slopes)
+    term = reconstruction(x, x_hat, rec)
+    (gradient,) = torch.autograd.grad(term, x_hat)
+    assert term.item() == pytest.approx(loss)
+    assert gradient[0].eq(0).all()
+    assert gradient[1, 0, 0, 0].tolist() == pytest.approx(slopes)
 
 
 def flat(p):
     """Logits (2, 2, 2, 2, 2) that give every voxel the foreground probability p."""
-    return torch.tensor([0.0, math.log(p / (1 - p))]).reshape(1, 2, 1, 1, 1).expand(2, 2, 2, 2, 2)
+    logits = torch.zeros(2, 2, 2, 2, 2)
+    logits[:, 1] = math.log(p / (1 - p))
+    return logits
 
 
 def flat_dice_ce(p, lesion, n=16):
@@ -113,56 +120,58 @@ def flat_dice_ce(p, lesion, n=16):
 
 def test_equations_1_to_4():
     ct, ct_rec = differing((3.0, 4.0), (5.0, 12.0))  # norms 5 and 13, mean 9
-    pet, pet_rec = (50 + t for t in differing((8.0, 6.0), (3.0, -4.0)))  # 10 and 5, mean 7.5
+    pet, pet_rec = differing((8.0, 6.0), (3.0, -4.0))  # norms 10 and 5, mean 7.5
     mask = torch.zeros(2, 2, 2, 2, dtype=torch.long)
     mask[0, 0] = 1  # 4 of 16 voxels
     tumor = torch.tensor([0.0, math.log(3)])  # probabilities 1/2 and 3/4
-    out = Output(seg=flat(0.8), ct=ct_rec, btl=pet_rec, tumor=tumor)
-    batch = {"ct": ct, "pet": pet, "mask": mask, "tumor": torch.tensor([1.0, 0.0])}
+    out = Output(seg=flat(0.8), ct=ct_rec, btl=50 + pet_rec, tumor=tumor)
+    batch = {"ct": ct, "pet": 50 + pet, "mask": mask, "tumor": torch.tensor([1.0, 0.0])}
+
     bce = (math.log(2) + math.log(4)) / 2  # -log(1/2) for the tumour, -log(1 - 3/4) without
-    terms = {"rec_ct": 0.01 * 9, "seg": 0.7 * flat_dice_ce(0.8, 4)}  # Eq. 1
-    expected = {"v1": terms}
-    expected["v2"] = expected["v1"] | {"rec_pet": 0.01 * 7.5}
-    expected["v3"] = expected["v2"] | {"cls": 0.3 * bce}
-    expected["v4"] = {"seg": flat_dice_ce(0.8, 4)}
-    for version, terms in expected.items():
-        found = values(LOSSES["petct"][version](out, batch, weights()))
-        assert found == pytest.approx(terms, abs=1e-5), version
-    found = values(LOSSES["petct"]["v3"](out, batch, weights(rec="mse")))
-    squares = {"rec_ct": 0.01 * (25 + 169) / 16, "rec_pet": 0.01 * (100 + 25) / 16}
-    assert found == pytest.approx(expected["v3"] | squares, abs=1e-5)
+    terms = {"rec_ct": 0.01 * 9, "seg": 0.7 * flat_dice_ce(0.8, 4)}
+    check_losses("petct", "v1", out, batch, terms)
+    terms["rec_pet"] = 0.01 * 7.5
+    check_losses("petct", "v2", out, batch, terms)
+    terms["cls"] = 0.3 * bce
+    check_losses("petct", "v3", out, batch, terms)
+    terms["rec_ct"] = 0.01 * (25 + 169) / 16
+    terms["rec_pet"] = 0.01 * (100 + 25) / 16
+    check_losses("petct", "v3", out, batch, terms, rec="mse")
+    v4 = {"seg": flat_dice_ce(0.8, 4)}
+    check_losses("petct", "v4", out, batch, v4)
 
 
 def test_organs_take_the_place_of_ct_where_they_are_known():
-    mask, organs = torch.zeros(2, 2, 2, 2, dtype=torch.uint8), torch.zeros(2, 2, 2, 2).byte()
-    mask[0, 0], organs[0, 0, 0, 0] = 1, 1  # 4 voxels of lesion, 1 of the organ
+    mask = torch.zeros(2, 2, 2, 2, dtype=torch.uint8)
+    mask[0, 0] = 1  # 4 voxels of lesion
+    organs = torch.zeros_like(mask)
+    organs[0, 0, 0, 0] = 1  # 1 voxel of the organ
     pet, pet_rec = differing((8.0, 6.0), (3.0, -4.0))
     out = Output(seg=flat(0.8), ct=flat(0.6), btl=pet_rec, tumor=torch.zeros(2))
     batch = {"pet": pet, "mask": mask, "organs": organs, "tumor": torch.tensor([1.0, 0.0])}
-    expected = {"seg": 0.7 * flat_dice_ce(0.8, 4), "rec_pet": 0.01 * 7.5, "cls": 0.3 * math.log(2)}
+    terms = {"seg": 0.7 * flat_dice_ce(0.8, 4), "rec_pet": 0.01 * 7.5, "cls": 0.3 * math.log(2)}
 
-    def found():
-        return values(LOSSES["petct"]["v5"](out, batch, weights()))
-
-    assert found() == pytest.approx(expected | {"organs": 0.2 * flat_dice_ce(0.6, 1)}, abs=1e-5)
-    organs[1] = UNKNOWN  # 8 voxels are left
-    assert found() == pytest.approx(expected | {"organs": 0.2 * flat_dice_ce(0.6, 1, 8)}, abs=1e-5)
-    organs[0] = UNKNOWN
-    assert found() == pytest.approx(expected | {"organs": 0.0}, abs=1e-5)
+    terms["organs"] = 0.2 * flat_dice_ce(0.6, 1)
+    check_losses("petct", "v5", out, batch, terms)
+    organs[1] = UNKNOWN_ORGANS  # 8 voxels are left
+    terms["organs"] = 0.2 * flat_dice_ce(0.6, 1, 8)
+    check_losses("petct", "v5", out, batch, terms)
+    organs[0] = UNKNOWN_ORGANS
+    terms["organs"] = 0.0
+    check_losses("petct", "v5", out, batch, terms)
     out = out._replace(ct=torch.full((2, 11, 2, 2, 2), -6e4).half())  # whose sum is not a half
-    assert found() == pytest.approx(expected | {"organs": 0.0}, abs=1e-5)
+    check_losses("petct", "v5", out, batch, terms)
 
 
 def test_brain_tumour_losses():
     mask = torch.zeros(2, 2, 2, 2, dtype=torch.long)
-    mask[0, 0], mask[1, 1, 1] = 1, 2  # 4 voxels of edema, 2 of core
+    mask[0, 0] = 1  # 4 voxels of edema
+    mask[1, 1, 1] = 2  # 2 voxels of core
     out = Output(ct=flat(0.8), pet=flat(0.6), btl=flat(0.3))
-    expected = {"seg_edema": 0.7 * flat_dice_ce(0.8, 4), "seg_core": 0.7 * flat_dice_ce(0.6, 2)}
-    found = values(LOSSES["mri"]["v1"](out, {"mask": mask}, weights()))
-    assert found == pytest.approx(expected, abs=1e-5)
-    expected["seg_whole"] = 0.7 * flat_dice_ce(0.3, 6)
-    found = values(LOSSES["mri"]["v2"](out, {"mask": mask}, weights()))
-    assert found == pytest.approx(expected, abs=1e-5)
+    terms = {"seg_edema": 0.7 * flat_dice_ce(0.8, 4), "seg_core": 0.7 * flat_dice_ce(0.6, 2)}
+    check_losses("mri", "v1", out, {"mask": mask}, terms)
+    terms["seg_whole"] = 0.7 * flat_dice_ce(0.3, 6)
+    check_losses("mri", "v2", out, {"mask": mask}, terms)
 
 
 @pytest.mark.parametrize(("kind", "version"), TERMS)
@@ -171,16 +180,19 @@ def test_every_term_has_its_weight_and_shapes_the_shared_layer(kind, version):
     net = MirrorUNet(version, kind=kind, channels=(4, 8, 8, 16, 16))
     ct, pet = torch.rand(2, 2, 1, 32, 16, 16)
     mask = torch.randint(0, 2 if kind == "petct" else 3, (2, 32, 16, 16))
-    batch = {"ct": ct, "pet": pet, "mask": mask, "tumor": torch.tensor([1.0, 0.0])}
-    batch["organs"] = 1 - mask
-    out, scaled = net(ct, pet), TERMS[kind, version]
-    terms = LOSSES[kind][version](out, batch, weights())
-    assert set(terms) == set().union(*scaled.values())
-    for weight in ("lambda_rec", "lambda_seg", "lambda_cls", "lambda_org"):
-        doubled = {weight: 2 * getattr(weights(), weight)}
-        found = values(LOSSES[kind][version](out, batch, weights(**doubled)))
-        own = scaled.get(weight, ())
-        assert found == pytest.approx({k: t * (1 + (k in own)) for k, t in values(terms).items()})
+    tumor = torch.tensor([1.0, 0.0])
+    batch = {"ct": ct, "pet": pet, "mask": mask, "tumor": tumor, "organs": 1 - mask}
+    out = net(ct, pet)
+
+    base = loss_values(kind, version, out, batch)
+    assert list(base) == TERMS[kind, version].split()
+    for weight, value in WEIGHTS.items():
+        doubled = loss_values(kind, version, out, batch, **{weight: 2 * value})
+        for name, term in base.items():
+            scaled = name.startswith(weight[-3:]) and version != "v4"  # Eq. 4 has no weights
+            assert doubled[name] == pytest.approx(term * (1 + scaled))
+
+    terms = LOSSES[kind][version](out, batch, SimpleNamespace(rec="l2", **WEIGHTS))
     norms = gradient_norms(terms, net.shared_parameters())
     assert set(norms) == set(terms) and min(norms.values()) > 1e-4
     name = list(terms)[-1]
@@ -190,7 +202,8 @@ def test_every_term_has_its_weight_and_shapes_the_shared_layer(kind, version):
 
 
 def test_gradient_norms_by_hand():
-    a, b = (torch.nn.Parameter(torch.tensor(v)) for v in ([3.0, 4.0], [12.0]))
+    a = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    b = torch.nn.Parameter(torch.tensor([12.0]))
     elsewhere = torch.nn.Parameter(torch.tensor(1.0))
     terms = {
         "squares": (a.square().sum() + b.square().sum()) / 2,  # gradient (3, 4, 12)
@@ -199,4 +212,5 @@ def test_gradient_norms_by_hand():
     }
     norms = gradient_norms(terms, [a, b])
     assert norms == pytest.approx({"squares": 13.0, "only a": math.sqrt(8), "not shared": 0.0})
-    assert a.grad is None and gradient_norms(terms, []) == {}
+    assert a.grad is None
+    assert gradient_norms(terms, []) == {}

@@ -3,8 +3,6 @@
 import gzip
 import hashlib
 import json
-import runpy
-import sys
 from collections import defaultdict
 
 import nibabel as nib
@@ -13,119 +11,120 @@ import pytest
 from scipy import ndimage
 
 import phantom
-from files import UserError
-from phantom import write_phantom
+from common import UserError
+from organs import find_maps
+from phantom import phantom_command, write_phantom
 from studies import find_studies, read_study
 
-# of the names and unpacked bytes of the first three patients' files: seed 0. Other content needs
-# another VERSION in phantom.py too.
+# Hash of the names and unpacked bytes of the first three patients' files, by seed 0. Other content
+# needs another VERSION in phantom.py too.
 PINNED = 2, "1b5ce9be252fc377723f547da0e91714f000ff5487b47da0d3b03b339c3b43ed"
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Three patients: the first and the last come twice, with lesions; the second is healthy."""
-    root, seen = tmp_path_factory.mktemp("phantom") / "cohort", []
+    """Three patients: the first and the last come twice, with lesions; the second has none."""
+    root = tmp_path_factory.mktemp("phantom") / "cohort"
+    exists = []
 
     def watch(visits):
         for visit in visits:
-            seen.append(root.exists())
+            exists.append(root.exists())
             yield visit
 
     write_phantom(root, patients=3, progress=watch)
-    assert seen == [False] * 5  # the folder appears when all is written
+    assert exists == [False] * 5  # the folder appears when all is written
     return root
 
 
 def test_the_files_are_those_of_the_pinned_hash(cohort):
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(cohort.rglob("[CS]*.nii.gz")):
-        seen.update(file.relative_to(cohort).as_posix().encode())
-        seen.update(gzip.decompress(file.read_bytes()))
-    assert (phantom.VERSION, seen.hexdigest()) == PINNED
+        digest.update(file.relative_to(cohort).as_posix().encode())
+        digest.update(gzip.decompress(file.read_bytes()))
+    assert (phantom.VERSION, digest.hexdigest()) == PINNED
 
 
 def test_a_patient_is_the_same_in_a_cohort_of_any_size(cohort, tmp_path):
-    argv = ["phantom.py", "--patients", "2", "--out", str(tmp_path / "two")]
-    assert run_as_command(argv) == 0
-    files = sorted((tmp_path / "two").rglob("*.nii.gz"))
+    two = tmp_path / "two"
+    phantom_command(["--patients", "2", "--out", str(two)])
+    files = sorted(two.rglob("*.nii.gz"))
     assert len(files) == 3 * 4  # the first patient comes twice
     for file in files:
-        assert file.read_bytes() == (cohort / file.relative_to(tmp_path / "two")).read_bytes()
+        assert file.read_bytes() == (cohort / file.relative_to(two)).read_bytes()
 
 
-def run_as_command(argv):
-    """The exit code of python phantom.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        try:
-            runpy.run_path(phantom.__file__, run_name="__main__")
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
-@pytest.mark.parametrize("words", [[], ["--patients", "0"], ["--seed", "-1"]])
-def test_commands_that_cannot_be_done_leave_one_line(tmp_path, capsys, words):
-    out = tmp_path if words else tmp_path / "kept"
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "mine").touch()
-    assert run_as_command(["phantom.py", "--out", str(out), *words]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and (words or f"error: {out}: is not empty" in err)
-    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "mine"]
+@pytest.mark.parametrize("words", ["--out .", "--out new --patients 0", "--out new --seed -1"])
+def test_commands_that_cannot_be_done(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    with pytest.raises(UserError, match="is not empty. Give another|is at least"):
+        phantom_command(words.split())
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
 def spots_of(seed, tumour):
-    """Foci, findings, lesions of a study: HU, SUV and ml of each of their parts; their masks."""
-    masks, draw = [], phantom.draw_spots
+    """The masks of foci, findings and lesions of a study; of each a table of the HU, SUV and ml of
+    its spots."""
+    masks = []
+    draw = phantom.draw_spots
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom, "draw_spots", lambda *a: masks.append(draw(*a)) or masks[-1])
-        rngs = (np.random.default_rng([seed, i]) for i in (1, 2))
-        ct, suv, seg, *_ = phantom.draw_study(*rngs, tumour=tumour)
-    assert masks[2] is seg
-    rows = []
+        patch.setattr(phantom, "draw_spots", lambda *args: masks.append(draw(*args)) or masks[-1])
+        rngs = [np.random.default_rng([seed, i]) for i in (1, 2)]
+        study = phantom.draw_study(*rngs, tumour)
+    assert masks[2] is study.seg
+
+    tables = []
     for mask in masks:
         parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
-        inside = [parts == i for i in range(1, count + 1)]
-        values = [(np.median(ct[p]), suv[p].max(), p.sum() * 0.15) for p in inside]
-        rows.append(np.reshape(values, (-1, 3)))
-    return rows, masks
+        numbers = range(1, count + 1)
+        hu = ndimage.median(study.ct, parts, numbers)
+        suv = ndimage.maximum(study.suv, parts, numbers)
+        tables.append(np.transpose([hu, suv, 0.15 * ndimage.sum(mask, parts, numbers)]))
+    return masks, tables
 
 
 def test_only_ct_tells_foci_from_lesions_and_all_patients_have_them():
-    drawn = [spots_of(seed, seed % 2 == 0) for seed in range(24)]
-    foci, findings, lesions = (
-        np.concatenate(rows) for rows in zip(*[d[0] for d in drawn], strict=True)
-    )
-    assert {len(rows[0]) for rows, _ in drawn} <= {1, 2, 3} and len(foci) > 1.5 * 24
+    drawn = [spots_of(seed, seed % 2 == 0)[1] for seed in range(24)]
+    foci, findings, lesions = map(np.concatenate, zip(*drawn, strict=True))
+    assert {len(tables[0]) for tables in drawn} <= {1, 2, 3}
+    assert len(foci) > 1.5 * 24
     for column in (1, 2):  # SUV and ml: most foci look like some lesion
         low, high = np.quantile(lesions[:, column], [0.05, 0.95])
         assert np.mean((low < foci[:, column]) & (foci[:, column] < high)) > 0.6
     hu = foci[:, 0]
     assert np.mean(np.abs(lesions[:, 0] - 40) < 20) > 0.9
-    assert np.mean(np.abs(hu - 40) > 20) > 0.7 and (hu < -60).any() and (hu > 250).any()
-    assert np.median(findings[:, 1]) < 3 < lesions[:, 1].min() and len(findings) > 24
-    for seed in (0, 1):  # the law of foci and findings does not know who is ill
-        ill, healthy = (spots_of(seed, tumour)[1] for tumour in (True, False))
-        assert ill[2].any() and not healthy[2].any()
-        assert all(np.array_equal(a, b) for a, b in zip(ill[:2], healthy[:2], strict=True))
-        assert not (ill[0] & ill[2]).any()
+    assert np.mean(np.abs(hu - 40) > 20) > 0.7
+    assert hu.min() < -60
+    assert hu.max() > 250
+    assert np.median(findings[:, 1]) < 3 < lesions[:, 1].min()
+    assert len(findings) > 24
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_foci_and_findings_do_not_depend_on_lesions(seed):
+    with_lesion, without = (spots_of(seed, tumour)[0] for tumour in (True, False))
+    assert with_lesion[2].any()
+    assert not without[2].any()
+    assert np.array_equal(with_lesion[:2], without[:2])
+    assert not (with_lesion[0] & with_lesion[2]).any()
 
 
 def test_studies_look_like_autopet(cohort):
-    found = find_studies(cohort)
-    assert (found.layout, found.findings) == ("AutoPET (TCIA)", [])
+    folder = find_studies(cohort)
+    assert (folder.layout, folder.findings) == ("AutoPET (TCIA)", [])
     lesions = defaultdict(list)
-    for study in found.studies:
-        ct, suv, seg = (
-            volume.data for volume in map(read_study(study).get, ("ct", "pet", "label"))
-        )
-        assert ct.min() < -900 and ct.max() > 300 and suv.min() == 0
+    for study in folder.studies:
+        volumes = read_study(study)
+        ct, suv, seg = (volumes[slot].data for slot in ("ct", "pet", "label"))
+        assert ct.min() < -900
+        assert ct.max() > 300
+        assert suv.min() == 0
         lesions[study.patient].append(ndimage.label(seg, np.ones((3, 3, 3)))[1])
         assert not seg.any() or suv[seg > 0].mean() > 2.5
-    assert sorted(map(len, lesions.values())) == [1, 2, 2] and max(max(lesions.values())) <= 6
-    assert sorted(all(counts) for counts in lesions.values()) == [False, True, True]
+    assert sorted(map(len, lesions.values())) == [1, 2, 2]
+    assert max(max(lesions.values())) <= 6
+    assert sorted(map(all, lesions.values())) == [False, True, True]
 
 
 def test_another_seed_gives_other_patients(cohort, tmp_path):
@@ -135,22 +134,44 @@ def test_another_seed_gives_other_patients(cohort, tmp_path):
 
 
 def test_organs_lie_where_ct_and_pet_show_them(cohort):
-    names = json.loads((cohort / "organs.json").read_text())
-    assert [*names] == [str(i) for i in range(1, len(phantom.MAPPED) + 1)]
-    number = {name: int(i) for i, name in names.items()}
-    for study in find_studies(cohort).studies:
-        ct, suv = (volume.data for volume in map(read_study(study).get, ("ct", "pet")))
-        image = nib.load(study.pet.path.with_name("ORGANS.nii.gz"))
+    names = json.loads((cohort / "organs" / "organs.json").read_text())
+    assert list(names) == [str(i) for i in range(1, len(phantom.MAPPED) + 1)]
+    studies = find_studies(cohort).studies
+    maps = find_maps(studies, cohort / "organs")
+    assert len(maps) == 5
+    for study in studies:
+        volumes = read_study(study)
+        image = nib.load(maps[study.name])
         organs = np.asarray(image.dataobj)
-        assert (image.affine == nib.load(study.pet.path).affine).all()
-        middle = {name: np.median(ct[organs == i]) for name, i in number.items()}
-        assert middle["lung"] < -700 and -30 < middle["bladder"] < 30 and middle["liver"] > 45
-        uptake = {name: np.median(suv[organs == i]) for name, i in number.items()}
-        assert min(uptake["brain"], uptake["bladder"]) > 4 > 1 > uptake["lung"]
+        assert (image.affine == volumes["pet"].affine).all()
+        hu = {}
+        suv = {}
+        for number, name in names.items():
+            hu[name] = np.median(volumes["ct"].data[organs == int(number)])
+            suv[name] = np.median(volumes["pet"].data[organs == int(number)])
+        assert hu["lung"] < -700
+        assert -30 < hu["bladder"] < 30
+        assert hu["liver"] > 45
+        assert min(suv["brain"], suv["bladder"]) > 4 > 1 > suv["lung"]
+
+        number = {name: int(number) for number, name in names.items()}
         right, left = (np.argwhere(organs == number[n])[:, 0].mean() for n in ("liver", "spleen"))
-        assert right < left and not organs[0].any()  # indices rise to the left
-        sizes = np.bincount(organs.ravel())
-        assert sizes[1:].min() > 50 and sizes[number["lung"]] > sizes[number["heart"]]
+        assert right < left
+        assert not organs[0].any()  # indices rise to the left
+        assert np.bincount(organs.ravel()).min() > 50
+
+
+def test_a_large_study_has_the_size_of_autopet():
+    rngs = [np.random.default_rng(i) for i in (1, 2)]
+    small = phantom.draw_study(*rngs, tumour=True)
+    large = phantom.enlarge(small)
+    assert large.ct.shape == large.organs.shape == (400, 400, 326)
+    assert large.ct.dtype == np.int16
+    assert large.suv.dtype == np.float32
+    assert np.diag(large.affine).tolist() == [-2.036, 2.036, 3, 1]
+    middle = large.seg[67:333, 67:333]  # air lies around
+    assert middle.sum() == large.seg.sum()
+    assert middle.mean() == pytest.approx(small.seg.mean(), rel=0.1)
 
 
 def test_it_appears_complete_or_not_at_all(tmp_path):

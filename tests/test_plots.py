@@ -1,8 +1,6 @@
-"""plots.py: what is drawn in the figures of the paper, from a search and from runs."""
+"""plots.py: what the figures of the paper show, from a search and from runs."""
 
 import itertools
-import runpy
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,60 +8,82 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.patches import Rectangle
+from conftest import make_config, make_run, make_trial
 from matplotlib.text import Text
 
 import plots
 from baselines import Valindria, Weninger
-from config import Config, plain, resolve
-from files import UserError, write_json
-from mirror_unet import LESION, VARIANTS, Output, Task, Variant
-from runs import build_model, load_run, save_checkpoint, save_config
-from tables import PAPER_TABLE2, SETS
+from common import UserError
+from config import Config, resolve, to_dict
+from mirror_unet import VARIANTS, Output, decide, find_variant
+from runs import build_model, save_checkpoint
+from tables import PAPER_TABLE2, SHARED_SETS
 
 
 @pytest.fixture(autouse=True)
-def closed():
+def close_figures():
     yield
-    plots.plt.close("all")  # also what a test kept from being saved
+    plots.plt.close("all")  # also those that a test kept from being saved
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that would have been written, by the stem of their file."""
+    figures = {}
+
+    def keep(figure, *paths, **options):
+        figures[paths[0].stem] = figure
+
+    monkeypatch.setattr(plots, "save", keep)
+    return figures
 
 
 def trial(version="v3", shared="5", dice=np.nan, **options):
-    """A row of runs.read_trials; without a Dice, of a trial that waits."""
-    row = {"version": version, "shared": shared, "dice": dice, "kind": "petct", "phi": "shuffle"}
-    return row | {"theta": None, "lambda_rec": None, "lambda_cls": None} | options
+    """A row of runs.read_trials; without a Dice, one of a trial that waits."""
+    row = dict(version=version, shared=shared, dice=dice, kind="petct", phi="shuffle")
+    row.update(theta=None, lambda_rec=None, lambda_cls=None)
+    row.update(options)
+    return row
 
 
-def table_2(*waiting):
-    """Table 2 of the paper, a trial per cell; waiting: numbers of trials that have no Dice yet."""
+def paper_trials(*waiting):
+    """A trial for each cell of the paper's Table 2; waiting: numbers of those without a Dice."""
+    sets = [" ".join(map(str, layers)) for layers in SHARED_SETS]
     rows = []
     for (version, method), dices in PAPER_TABLE2.items():
-        own = {"phi": "none", "theta": method} if version == "v4" else {"phi": method}
-        rows += [trial(version, s, dice, **own) for s, dice in zip(SETS, dices, strict=True)]
-    return [row | {"dice": np.nan} if i in waiting else row for i, row in enumerate(rows)]
+        for shared, dice in zip(sets, dices, strict=True):
+            options = {"phi": method}
+            if version == "v4":
+                options = {"phi": "none", "theta": method}
+            rows.append(trial(version, shared, dice, **options))
+    for number in waiting:
+        rows[number]["dice"] = np.nan
+    return rows
 
 
-def lambda_rows():
-    """v3 over the 5 x 5 grid; best at λ_rec 1e-4, λ_class 1e-2; two seeds 1 % around the mean."""
-    return [
-        trial(dice=60 - abs(i - 4) - 2 * abs(j - 2) + shift, lambda_rec=10**-i, lambda_cls=10**-j)
-        for i, j, shift in itertools.product(range(1, 6), range(1, 6), (-1, 1))
-    ]
+def lambda_trials():
+    """v3 over the 5 x 5 grid, best at λ_rec 1e-4 and λ_class 1e-2; two seeds 1 % off the mean."""
+    rows = []
+    for i, j, shift in itertools.product(range(1, 6), range(1, 6), (-1, 1)):
+        dice = 60 - abs(i - 4) - 2 * abs(j - 2) + shift
+        rows.append(trial(dice=dice, lambda_rec=10**-i, lambda_cls=10**-j))
+    return rows
 
 
 def draw(name, rows, about=""):
-    """The figure of these rows as the command draws it, its axis, and what it says."""
+    """The figure of these trials, its main axis, and what the console says of it."""
     plots.plt.close("all")
     trials = pd.DataFrame(rows)
-    drawn = trials["version"].isin(plots.SEARCH_FIGURES[name][1])
-    figure, said = plots.search_figure(name, trials[drawn], about)
-    return figure, figure.axes[0], said
+    versions = plots.SEARCH_FIGURES[name].versions
+    drawn = plots.search_figure(name, trials[trials["version"].isin(versions)], about)
+    return drawn.figure, drawn.figure.axes[0], drawn.about
 
 
-def lines(axis, **looks):
+def lines(axis, look, value):
     """The values of the lines that look so, from left to right."""
-    found = [n for n in axis.lines if all(getattr(n, f"get_{k}")() == v for k, v in looks.items())]
-    return [list(n.get_ydata()) for n in sorted(found, key=lambda n: list(n.get_xdata())[:1])]
+    chosen = [line for line in axis.lines if plots.plt.getp(line, look) == value]
+    chosen.sort(key=lambda line: list(line.get_xdata())[:1])
+    return [list(line.get_ydata()) for line in chosen]
 
 
 def texts(things):
@@ -71,364 +91,424 @@ def texts(things):
 
 
 def test_fig_5_draws_the_bold_numbers_of_table_2():
-    figure, axis, said = draw("fig5_shared", table_2(35, 44, 51, 58)[::-1])  # rows in any order
-    assert lines(axis, label="v1") == [[62.75, 63.97, 64.57, 63.80, 63.09, 63.01, 62.72]]
-    assert lines(axis, label="v2") == [[59.96, 64.28, 65.50, 64.08, 63.69, 63.29, 63.33]]
-    v3 = [63.33, 64.55, np.nan, 64.44, 64.00, 63.43, 63.34]
-    assert lines(axis, label="v3") == [pytest.approx(v3, nan_ok=True)]
-    assert lines(axis, label="v4") == [[61.67, 63.78, 64.24, 63.64, 62.30, 63.99, 60.81]]
-    sets = ["{3}", "{4}", "{5}", "{6}", "{7}", "{4,5,6}", "{3,4,5,6,7}"]
-    assert texts(axis.get_xticklabels()) == sets and axis.get_ylabel() == "test Dice (%)"
-    assert said == axis.get_title(loc="right") == "1 run; 4 of 105 cells missing"
+    rows = paper_trials(51, 58)[::-1]  # in any order; of v3 with L = {5}
+    figure, axis, about = draw("fig5_shared", rows)
+    assert lines(axis, "label", "v1") == [list(PAPER_TABLE2["v1", "shuffle"])]
+    [v3] = lines(axis, "label", "v3")
+    assert v3[:3] == pytest.approx([63.33, 64.55, 62.78])
+    assert lines(axis, "label", "v4") == [[61.67, 63.78, 64.24, 63.64, 62.30, 63.99, 60.81]]
+
+    assert axis.get_ylabel() == "test Dice (%)"
+    names = texts(axis.get_xticklabels())
+    assert (names[0], names[-1]) == ("{3}", "{3,4,5,6,7}")
+    assert about == axis.get_title(loc="right") == "1 run; 2 of 105 cells missing"
     assert texts(figure.legends[0].get_texts()) == ["v1", "v2", "v3", "v4"]
-    for look in ("get_color", "get_marker", "get_linestyle"):  # told apart in grey as well
-        assert len({getattr(line, look)() for line in axis.lines}) == 4
 
 
 def test_fig_4_has_a_box_per_version_and_phi_over_all_sets():
-    figure, axis, said = draw("fig4_phi", table_2(1)[1:])  # a cell that is not planned counts too
-    assert said == "1 run; 2 of 63 cells missing"
+    figure, axis, about = draw("fig4_phi", paper_trials(1)[1:])  # one waits, one is not planned
+    assert about == "1 run; 2 of 63 cells missing"
+    medians = [values[0] for values in lines(axis, "linewidth", 1.4)]
     expected = [61.92, 62.34, 63.09, 62.15, 62.62, 63.69, 62.78, 63.01, 64.00]  # no v4
-    assert [y for y, _ in lines(axis, linewidth=1.4)] == pytest.approx(expected)  # the medians
-    dots = lines(axis, marker="o")
-    assert dots[8] == pytest.approx(PAPER_TABLE2["v3", "shuffle"]) and len(dots[0]) == 5
+    assert medians == pytest.approx(expected)
+    assert lines(axis, "marker", "o")[8] == pytest.approx(PAPER_TABLE2["v3", "shuffle"])
+
     [legend] = figure.legends
     assert texts(axis.get_xticklabels()) == ["v1", "v2", "v3"]
     assert texts(legend.get_texts()) == ["L2", "L2 + noise", "L2 + shuffling"]
-    left = sorted(axis.patches, key=lambda p: p.get_path().get_extents().x0)[:3]
-    looks = [(p.get_facecolor(), p.get_hatch()) for p in (*left, *legend.get_patches())]
-    assert looks[:3] == looks[3:] and len({hatch for _, hatch in looks}) == 3
+    assert [box.get_hatch() for box in axis.patches[:3]] == ["////", "", "xxxx"]
 
 
-def test_fig_6_boxes_hold_the_fixed_thetas_and_the_learned_one_is_beside():
-    figure, axis, _ = draw("fig6_theta", table_2(63, 70, 77, 84, 91))  # no fixed θ with L = {3}
-    assert lines(axis, linewidth=1.4)[2][0] == pytest.approx(63.65)  # L = {5}
-    dots = [[], [63.78, 62.66, 63.76, 62.93, 61.84], [63.65, 64.24, 64.22, 58.43, 61.00]]
-    assert lines(axis, marker="o")[:3] == dots
-    assert lines(axis, marker="*") == [pytest.approx(PAPER_TABLE2["v4", "learn"])]
-    low = np.nanmin([min(values) for values in lines(axis, linewidth=0.7)])
-    assert low == pytest.approx(56.15)  # whiskers reach the worst fixed θ, not the learned one
+def test_fig_6_has_boxes_of_the_fixed_thetas_and_a_star_for_the_learned_one():
+    rows = paper_trials(63, 70, 77, 84, 91)  # no fixed θ with L = {3}
+    figure, axis, _ = draw("fig6_theta", rows)
+    dots = lines(axis, "marker", "o")
+    assert dots[0] == []
+    assert dots[1] == [63.78, 62.66, 63.76, 62.93, 61.84]
+    assert lines(axis, "marker", "*") == [pytest.approx(PAPER_TABLE2["v4", "learn"])]
+    whiskers = np.concatenate(lines(axis, "linewidth", 0.7))
+    assert np.nanmin(whiskers) == pytest.approx(56.15)  # of the fixed θ, not of the learned one
     assert texts(figure.legends[0].get_texts()) == ["fixed θ, 0.1 to 0.5", "learned θ"]
 
 
 def test_lambda_map_shows_means_over_seeds_and_frames_the_best():
-    rows = lambda_rows()
+    rows = lambda_trials()
     rows[8]["dice"] = rows[9]["dice"] = np.nan  # λ_rec 1e-1, λ_class 1e-5
-    figure, axis, said = draw("fig_s1_lambdas", rows[::-1] + [trial("v2", dice=99)])
+    _, axis, about = draw("fig_s1_lambdas", rows[::-1] + [trial("v2", dice=99)])
     values = axis.images[0].get_array()  # rows λ_class, columns λ_rec, both rising
-    np.testing.assert_allclose(values[:, 1], [54, 56, 58, 60, 58])
-    np.testing.assert_allclose(values[3], [59, 60, 59, 58, 57])
-    assert values.mask.sum() == 1 and values.mask[0, 4] and axis.get_ylim() == (-0.5, 4.5)
-    assert (
-        said
-        == axis.get_title(loc="right")
-        == "mean of 2 runs (seeds, folds); 1 of 25 cells missing"
-    )
-    frames = [p.get_center() for p in axis.patches if isinstance(p, Rectangle)]
-    assert frames == [pytest.approx((1, 3))] and "10^{-5}" in texts(axis.get_xticklabels())[0]
+    assert values[:, 1].tolist() == [54, 56, 58, 60, 58]
+    assert values[3].tolist() == [59, 60, 59, 58, 57]
+    assert np.argwhere(values.mask).tolist() == [[0, 4]]
+    assert axis.get_ylim() == (-0.5, 4.5)
+    assert about == "mean of 2 runs (seeds, folds); 1 of 25 cells missing"
+
+    [framed] = [text for text in axis.texts if text.get_bbox_patch()]
+    assert (framed.get_text(), framed.get_position()) == ("60.00", (1, 3))
+    assert len(axis.texts) == 24
+    assert "10^{-5}" in texts(axis.get_xticklabels())[0]
     assert "rec" in axis.get_xlabel() and "class" in axis.get_ylabel()
-    [bold] = [cell for cell in axis.texts if cell.get_weight() == "bold"]
-    assert (bold.get_text(), bold.get_position()) == ("60.00", (1, 3)) and len(axis.texts) == 24
 
 
-def test_no_text_of_a_figure_is_cut_off_or_too_small():
-    many = table_2() + [trial("v1", s, 60) for s in ("none", "1 2 3", "1 2 3 4 5 6 7")]
-    many = [row | {"kind": "mri"} for row in many]
-    about = "batch_size 8, weight_decay 1, lr 0.0001, schedule poly, clip 1"  # two lines with it
-    for name, (table, *_) in plots.SEARCH_FIGURES.items():
-        figure, axis, _ = draw(name, lambda_rows()[2:] if table == "lambdas" else many[1:], about)
-        figure.draw_without_rendering()
-        extent, size = figure.get_tightbbox().extents, figure.get_size_inches()
-        assert min(extent) >= 0 and (extent[2:] <= size).all()
-        assert size[0] == pytest.approx(7 if name == "fig5_shared" else 3.3)
-        assert min(n.get_fontsize() for n in figure.findobj(Text) if n.get_text()) >= 6
-        names = axis.get_xticklabels()
-        along = [t.get_window_extent() for t in names]
-        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(along))
-        if name == "fig5_shared":
-            assert axis.get_ylabel() == "test Dice, whole tumour (%)"
-            assert [t.get_text() for t in names[7:9]] == ["none", "{1,2,3}"]
-            assert names[9].get_text() == "{1,2,3,\n4,5,6,\n7}"
+@pytest.mark.parametrize("name", plots.SEARCH_FIGURES)
+def test_no_text_of_a_figure_is_cut_off_or_too_small(name):
+    rows = lambda_trials()[2:]
+    if name != "fig_s1_lambdas":
+        rows = paper_trials()[1:]
+        for layers in ("none", "1 2 3", "1 2 3 4 5 6 7"):
+            rows.append(trial("v1", layers, 60))
+    for row in rows:
+        row["kind"] = "mri"
+    about = "batch_size 8, weight_decay 1, lr 0.0001, epochs 100, steps 25"  # takes two lines
+    figure, axis, _ = draw(name, rows, about)
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert min(box.extents) >= 0 and box.x1 <= width and box.y1 <= height
+    assert width == pytest.approx(7 if name == "fig5_shared" else 3.3)
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 6
+    labels = [label.get_window_extent() for label in axis.get_xticklabels()]
+    for left, right in itertools.pairwise(labels):
+        assert left.x1 < right.x0
 
 
 def make_search(folder, rows):
     """The folder of a search with finished trials: (version, Dice, options) each."""
-    for i, (version, dice, options) in enumerate(rows):
-        config = resolve(Config(version=version, data="x", **options), "petct", phantom=False)
-        run = folder / f"t{i}"
-        run.mkdir(parents=True)
-        told = {"searches": ["mine"], "config": plain(config), "studies": "s"}
-        write_json(run / "trial.json", told)
-        told = {"epochs": 400, "systems": {"model": {"dice": {"mean": dice, "n": 3}}}}
-        write_json(run / "summary.json", told)
+    for number, (version, dice, options) in enumerate(rows):
+        config = make_config(version, data="x", **options)
+        make_trial(folder, f"t{number}", config, searches=["mine"], dice=dice)
     return folder
 
 
 def test_the_command_writes_what_the_search_compares(tmp_path, capsys):
-    rows = [("v4", 0.5 + t, {"theta": t, "shared": (3,)}) for t in (0.1, 0.2)]
-    plots.run_command([str(make_search(tmp_path, rows))])
-    stem = tmp_path / "figures" / "fig6_theta"
-    assert {*stem.parent.iterdir()} == {stem.with_suffix(".png"), stem.with_suffix(".pdf")}
-    picture, pdf = plots.plt.imread(f"{stem}.png"), stem.with_suffix(".pdf").read_bytes()
-    assert picture.shape[1] == 990 and picture[..., :3].std() > 0.05  # 3.3 in at 300 dpi
-    assert b"/CIDFontType2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
+    rows = [("v4", 0.5 + theta, {"theta": theta, "shared": (3,)}) for theta in (0.1, 0.2)]
+    plots.plots_command([str(make_search(tmp_path, rows))])
+    png = tmp_path / "figures" / "fig6_theta.png"
+    pdf = png.with_suffix(".pdf")
+    assert set(png.parent.iterdir()) == {png, pdf}
+
+    picture = plots.plt.imread(png)
+    assert picture.shape[1] == 990 and picture[..., :3].std() > 0.05  # 3.3 inches at 300 dpi
+    content = pdf.read_bytes()
+    assert b"/CIDFontType2" in content
+    assert b"/Type3" not in content and b"CreationDate" not in content
     assert capsys.readouterr().out.splitlines() == [
-        f"fig6_theta      {stem}.png, .pdf   1 run",
+        f"fig6_theta      {png}, .pdf   1 run",
         "fig_s1_lambdas  not drawn: compares λ of v3, the search does not",
         "fig4_phi        not drawn: compares Φ, the search does not",
         "fig5_shared     not drawn: compares sets L, the search does not",
     ]
 
 
-def test_each_group_of_comparable_trials_has_its_own_figure(tmp_path, capsys, monkeypatch):
-    drawn = {}  # neither v3_ct_only nor what v3 alone reads parts the figure of v4
-    monkeypatch.setattr(plots, "save", lambda f, *paths, dpi: drawn.update({paths[0].stem: f}))
-    rows = [("v4", 0.5, {"shared": (s,), "theta": t}) for s in (3, 5) for t in (0.1, 0.2)]
-    rows += [("v3", 0.6, {"shuffle_count": 30, "shared": (s,)}) for s in (3, 5)]
-    rows += [("v3", dice, {"shared": (5,), "seed": i}) for i, dice in enumerate((0.5, 0.7))]
-    rows += [("v3_ct_only", 0.6, {"shared": (s,)}) for s in (3, 5)]
+def test_each_group_of_comparable_trials_has_its_own_figure(tmp_path, capsys, saved):
+    rows = [("v3", 0.5, {"seed": 0}), ("v3", 0.7, {"seed": 1})]
+    for layers in ((3,), (5,)):
+        rows.append(("v3", 0.6, {"shuffle_count": 30, "shared": layers}))
+        for theta in (0.1, 0.2):  # --shuffle-count does not apply to v4
+            rows.append(("v4", 0.5, {"shared": layers, "theta": theta}))
     plots.draw_search(make_search(tmp_path, rows), tmp_path / "out")
-    assert [*drawn] == ["fig5_shared-shuffle_count_1", "fig5_shared-shuffle_count_30", "fig6_theta"]
-    for figure, dices in zip(drawn.values(), ([np.nan, 60], [60, 60]), strict=False):
-        assert lines(figure.axes[0], label="v3") == [pytest.approx(dices, nan_ok=True)]
+
+    few, many = "fig5_shared-shuffle_count_1", "fig5_shared-shuffle_count_30"
+    assert list(saved) == [few, many, "fig6_theta"]
+    [dices] = lines(saved[few].axes[0], "label", "v3")
+    assert dices == pytest.approx([np.nan, 60], nan_ok=True)
+    assert lines(saved[many].axes[0], "label", "v3") == [pytest.approx([60, 60])]
     assert "compares Φ, the search does not (shuffle_count 1)" in capsys.readouterr().out
 
 
-BAD = [
-    ("", "Give the folder of a search"), ("@/search --qualitative x", "Give the folder of"),
-    ("@/nowhere", "nowhere: no trials of a search"), ("@/search --study a", "go with --qualita"),
-    ("@/search --device cpu", "go with --qualitative"), ("@/search", "no figure to draw of fig_s1"),
-    ("--qualitative @/search", "say where to with --out"),
-    ("--qualitative @/search --out @/o", "no such checkpoint"),
-]  # fmt: skip
+def test_curves_show_every_term_of_the_loss(tmp_path, saved):
+    metrics = """epoch,loss,rec_ct,organs,grad_rec_ct,val_dice,patches_per_s,data_wait,seconds
+1,3,1,2,7,,5,0.5,1
+2,2,0.5,-0.1,8,0.25,6,0.5,1
+"""
+    (tmp_path / "metrics.csv").write_text(metrics)
+    plots.curves(tmp_path)
+    loss, gradient, dice, volume, speed = saved["curves"].axes
+    assert lines(loss, "label", "rec_ct") == [[1, 0.5]]
+    assert lines(loss, "label", "organs") == [[2, -0.1]]
+    assert lines(loss, "label", "loss") == [[3, 2]]
+    assert loss.get_yscale() == "symlog"  # a term with a learned weight may be negative
+    assert lines(gradient, "label", "grad_rec_ct") == [[7, 8]]
+    assert lines(dice, "label", "val_dice") == [[0.25]]
+    assert not volume.lines
+    assert lines(speed, "label", "waiting for data, %") == [[50, 50]]
 
 
-@pytest.mark.parametrize("command, message", BAD)
-def test_bad_commands_end_with_code_2(tmp_path, monkeypatch, capsys, command, message):
-    make_search(tmp_path / "search", [("v3", 0.5, {})])
-    monkeypatch.setattr(sys, "argv", ["plots.py", *command.replace("@", str(tmp_path)).split()])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(plots.__file__, run_name="__main__")  # the script itself
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.err.startswith("error: ") and message in said.err
-    assert said.err.count("\n") == 1 and said.out == "" and not any(tmp_path.glob("**/*.png"))
-
-
-def test_curves_show_every_term_of_the_loss(tmp_path, monkeypatch):
-    rows = {"epoch": [1, 2], "lr": 1, "loss": [3, 2], "rec_ct": [1, 0.5], "organs": [2, -0.1]}
-    rows |= {"grad_rec_ct": [7, 8], "patches_per_s": 5.0, "data_wait": 0.5, "seconds": 1}
-    figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, **how: figures.append(figure))
-    for more in ({}, {"val_dice": [np.nan, 0.25], "val_seconds": 9}):
-        pd.DataFrame(rows | more).to_csv(tmp_path / "metrics.csv", index=False)
-        plots.curves(tmp_path)
-    drawn = [{n.get_label(): list(n.get_ydata()) for n in a.lines} for a in figures[1].axes]
-    assert drawn == [
-        {"rec_ct": [1, 0.5], "organs": [2, -0.1], "loss": [3, 2]}, {"Dice": [0.25]},
-        {"rec_ct": [7, 8]}, {"patches per second": [5, 5], "waiting for data, %": [50, 50]},
-    ]  # fmt: skip
-    assert figures[0].axes[0].get_yscale() == "symlog" and not figures[0].axes[1].lines
+# ------------------------------------------------------------------ a study in one plane
 
 
 def settings(kind="petct", **options):
-    config = Config(kind=kind, spacing=(2.0, 4.0, 3.0), patch=(16, 16, 16), overlap=0, amp="none",
-                    window_weights="constant", shuffle_edge=4, shuffle_count=2)  # fmt: skip
-    return replace(config, **options)
+    return Config(
+        kind=kind,
+        spacing=(2.0, 4.0, 3.0),
+        **{"patch": (16, 16, 16), **options},
+        overlap=0,
+        amp="none",
+        window_weights="constant",
+        shuffle_edge=4,
+    )
 
 
 def test_phi_of_a_study_has_the_strength_of_training():
-    image = np.arange(2 * 64 * 48 * 64, dtype=np.float32).reshape(2, 64, 48, 64) / 1e5
-    state = torch.random.get_rng_state()
-    noisy, said = plots.phi_of_study(image, settings(phi="noise"))
-    assert (noisy[0] - image[0]).std() == pytest.approx(0.3, rel=0.02) and said == "noise, σ = 0.3"
-    assert (plots.phi_of_study(image, settings(phi="noise"))[0] == noisy).all()
-    assert torch.equal(state, torch.random.get_rng_state())
-    shuffled, said = plots.phi_of_study(image, settings(phi="shuffle"))
-    assert said == "96 cubes of 4³"  # 2 of a crop of 16³, 48 crops' worth of voxels
-    assert 0.8 * 2 * 64 / 16**3 < (shuffled[0] != image[0]).mean() <= 2 * 64 / 16**3
-    np.testing.assert_array_equal(np.sort(shuffled[0], axis=None), np.sort(image[0], axis=None))
-    assert (noisy[1] == image[1]).all() and (shuffled[1] == image[1]).all()
-    thin = image[:, :3]  # its cubes are as large as fit
-    for part, n, said in ((thin, 2, "11 cubes of 3³"), (thin, 0, "0 cubes of 3³"),
-                          (image[:, :8, :8, :8], 2, "1 cube of 4³")):  # fmt: skip
-        assert plots.phi_of_study(part, settings(phi="shuffle", shuffle_count=n))[1] == said
+    images = np.arange(2 * 64 * 48 * 64, dtype=np.float32).reshape(2, 64, 48, 64) / 1e5
+    noisy, note = plots.phi_of_study(images, settings(phi="noise"))
+    assert note == "noise, σ = 0.3"
+    assert (noisy[0] - images[0]).std() == pytest.approx(0.3, rel=0.02)
+    again = plots.phi_of_study(images, settings(phi="noise"))
+    assert (again.images == noisy).all()
+
+    shuffled, note = plots.phi_of_study(images, settings(phi="shuffle", shuffle_count=2))
+    assert note == "96 cubes of 4³"  # 2 of a crop of 16³; the study has 48 crops' voxels
+    moved = (shuffled[0] != images[0]).mean()
+    assert 0.8 * 2 * 64 / 16**3 < moved <= 2 * 64 / 16**3
+    assert (noisy[1] == images[1]).all() and (shuffled[1] == images[1]).all()
+
+
+@pytest.mark.parametrize(
+    "shape, count, note",
+    [
+        ((3, 48, 64), 2, "11 cubes of 3³"),  # as large as fit into a thin study
+        ((3, 48, 64), 0, "0 cubes of 3³"),
+        ((8, 8, 8), 2, "1 cube of 4³"),
+    ],
+)
+def test_phi_of_a_small_study(shape, count, note):
+    config = settings(phi="shuffle", shuffle_count=count)
+    assert plots.phi_of_study(np.zeros((2, *shape), np.float32), config).note == note
 
 
 def test_the_plane_goes_through_the_largest_lesion():
     truth = np.zeros((20, 20, 20), np.uint8)
     truth[2:5, 3:6, 2:6] = truth[5:7, 4, 3] = 1  # the largest: 38 voxels, and most in plane 4
     truth[::3, 15, ::3] = 2  # 49 voxels in one plane, each a lesion of its own
-    assert plots.largest_lesion(truth, 1) == 4
-    assert plots.largest_lesion(np.zeros_like(truth), 1) == 10
+    assert plots.largest_lesion_plane(truth, axis=1) == 4
+    assert plots.largest_lesion_plane(np.zeros_like(truth), axis=1) == 10
 
 
-X, Y, Z = np.meshgrid(np.arange(6), np.arange(7), np.arange(8), indexing="ij")
-CODE = (100 * X + 10 * Y + Z).astype(np.float32)
+SHAPE = (6, 7, 8)
+X, Y, Z = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
+CODE = (100 * X + 10 * Y + Z).astype(np.float32)  # tells where a voxel is from
+ZERO = np.zeros(SHAPE)
 
 
-class Fixed:
+class FixedNetwork:
     """A network that puts out the same maps (channels, 6, 7, 8) whatever it sees."""
 
     def __init__(self, variant, maps):
-        self.variant, self.heads, self.eval = variant, ("seg", *variant.tasks), lambda: None
-        self.maps = {slot: torch.tensor(np.stack(m))[None].float() for slot, m in maps.items()}
+        self.variant = variant
+        self.heads = ("seg", *variant.tasks)
         self.theta = torch.tensor(0.4) if variant.fused else None
+        self.maps = {}
+        for head, channels in maps.items():
+            self.maps[head] = torch.tensor(np.stack(channels))[None].float()
+
+    def eval(self):
+        pass
+
+    def decide(self, foreground):
+        return decide(foreground, self.variant)
 
     def __call__(self, ct, pet, heads):
-        return Output(**{name: self.maps[name] for name in heads})
+        return Output(**{head: self.maps[head] for head in heads})
 
 
-def row_of(variant, maps, kind="petct", label=0 * X, **options):
-    images = np.stack([CODE, CODE / 1000]) * ((X < 5) | (kind == "petct"))  # a head in air
+def panels_of(variant, maps, kind="petct", label=ZERO, paper=False):
+    """study_panels of a study whose CT is CODE and whose PET is CODE / 1000."""
+    images = np.stack([CODE, CODE / 1000])
+    if kind == "mri":
+        images[:, 5] = 0  # the head lies in air
     arrays = {"images": images, "label": label.astype(np.uint8)}
-    case, given = SimpleNamespace(load=arrays.get), settings(kind, patch=(6, 7, 8))
-    return plots.study_row(Fixed(variant, maps), case, given, "cpu", **options)
+    case = SimpleNamespace(load=arrays.get)
+    phi_input = plots.PhiInput(np.stack([-CODE, CODE]), "Φ") if paper else None
+    network, config = FixedNetwork(variant, maps), settings(kind, patch=SHAPE)
+    return plots.study_panels(network, case, config, "cpu", phi_input)
 
 
-@pytest.mark.parametrize("kind", ["petct", "mri"])
-def test_a_row_cuts_every_map_in_the_plane_as_radiologists_look(kind):
-    label = np.where((X == 1) & (Y == 2) & (Z == 5), 2 if kind == "mri" else 1, 0)
-    logits = [0 * X, np.where(X == 3, 1, -1), 0 * X - 2][: 3 if kind == "mri" else 2]
-    variant = VARIANTS[kind]["v2-rec" if kind == "mri" else "v2"]
-    maps = {"ct": [CODE + 0.5], "pet": logits, "btl": [CODE + 0.25], "seg": logits}
-    row, at = row_of(variant, maps, kind, label, seen=np.stack([-CODE, CODE]), paper=True)
-    truth, found = row["truth"]["lines"], row["pet"]["lines"]
-    if kind == "petct":  # stored L, A, S; the head is above and the patient's left at the right
-        assert at == 2 and truth["truth"].sum() == 1 and truth["truth"][2, 1]
-        assert found["prediction"][:, 3].all() and found["prediction"].sum() == 8
-        corners = {(0, 0): (0, 2, 7), (0, -1): (5, 2, 7), (-1, 0): (0, 2, 0)}
-    else:  # stored R, A, S; the nose is above and the patient's left at the right
-        assert at == 5 and truth["core"][4, 4] and not truth["edema"].any()
-        assert found["edema"][:, 2].all() and found["edema"].sum() == 7
-        corners = {(0, 1): (4, 6, 5), (0, -1): (0, 6, 5), (-1, 1): (4, 0, 5)}
-        assert (row["seen"]["image"][:, 0] == row["seen"]["image"].min()).all()  # black air
-    for place, voxel in corners.items():
-        shown, code = [row[n]["image"][place] for n in ("seen", "image", "ct", "btl")], CODE[voxel]
-        assert shown == [-code, code / 1000, code + 0.5, code + 0.25]
-    seen, image, ct, btl = (row[name]["colors"] for name in ("seen", "image", "ct", "btl"))
-    assert seen == ct != btl == image
+CORNERS = {  # upper left, upper right and lower left: the patient's left is at the right
+    "petct": [(0, 2, 7), (5, 2, 7), (0, 2, 0)],  # stored L, A, S: the head is above
+    "mri": [(5, 6, 2), (0, 6, 2), (5, 0, 2)],  # stored R, A, S: the nose is above
+}
 
 
-ROWS = [  # notes on the tasks of a version in examples.png and in the paper's figure; ! is final
-    ("petct", "v3", "ct=reconstruction pet=p(lesion) btl=PET_reconstruction",
-     "ct=reconstruction pet!=segmentation btl=PET_reconstruction"),
-    ("petct", "v4", "ct=p(lesion) pet=p(lesion) seg=p(lesion)",
-     "ct=segmentation pet=segmentation btl!=fused,_θ_=_0.4"),
-    ("mri", "v2", "ct=p(edema) pet=p(core) btl=p(whole)",
-     "ct=edema pet=core btl=whole union!=edema_∪_core"),
-    ("mri", "v2-rec", "ct=reconstruction pet=p(whole) btl=T1Gd_reconstruction",
-     "ct=reconstruction pet=edema_and_core btl=T1Gd_reconstruction union!=edema_∪_core"),
-]  # fmt: skip
+@pytest.mark.parametrize("kind", CORNERS)
+def test_planes_are_cut_as_radiologists_look(kind):
+    plane = plots.cut_plane(CODE, plots.LOOKS[kind], index=2)
+    corners = [plane[0, 0], plane[0, -1], plane[-1, 0]]
+    assert corners == [CODE[voxel] for voxel in CORNERS[kind]]
 
 
-@pytest.mark.parametrize("kind, version, told, paper", ROWS)
-def test_a_row_has_a_panel_for_each_task(kind, version, told, paper):
-    variant, rng = VARIANTS[kind][version], np.random.default_rng(0)
-    maps = {s: rng.normal(size=(t.channels, 6, 7, 8)) for s, t in variant.tasks.items()}
-    maps["seg"] = rng.normal(size=(1 + len(variant.classes), 6, 7, 8))
-    for drawn, expected in ((False, f"{told} mask!="), (True, paper)):
-        row, at = row_of(variant, maps, kind, paper=drawn)
-        hot = [panel["lines"]["prediction"].sum() for n, panel in row.items() if n == "hot"]
-        suv_4 = (CODE >= 267).take(at, 1).sum()  # PET is CODE / 1000, and 1 is SUV 15
-        assert hot == [suv_4] * (kind == "petct" and not drawn)
-        found = {n: p for n, p in row.items() if n not in ("seen", "image", "hot", "truth")}
-        notes = [f"{n}{'!' * p.get('final', 0)}={p['note']}" for n, p in found.items()]
-        assert " ".join(note.replace(" ", "_") for note in notes) == expected
-        if "fused" in expected:
-            found["seg"] = found.pop("btl")
-        for slot in {*found} & {*maps}:  # what is drawn is of the slot
-            plane, panel = maps[slot].take(at, plots.LOOKS[kind].across + 1), found[slot]
-            image = 1 - 1 / np.exp(plane - plane[0]).sum(0) if len(plane) > 1 else plane[0]
-            for k, mask in enumerate(panel.get("lines", {}).values(), 1):
-                assert mask.sum() == (plane.argmax(0) == k).sum()
-            assert "lines" in panel or panel["image"].sum() == pytest.approx(image.sum(), 1e-4)
-        figure = plots.draw_grid([row], ["name"], settings(kind), drawn)
-        assert [a.spines["top"].get_visible() for a in figure.axes].count(True) == 1
+NOTES = """
+petct v3 examples ct=reconstruction pet=p(lesion) btl=PET_reconstruction mask!=
+petct v3 paper ct=reconstruction pet!=segmentation btl=PET_reconstruction
+petct v4 examples ct=p(lesion) pet=p(lesion) seg=p(lesion) mask!=
+petct v4 paper ct=segmentation pet=segmentation btl!=fused,_θ_=_0.4
+mri v2 examples ct=p(edema) pet=p(core) btl=p(whole) mask!=
+mri v2 paper ct=edema pet=core btl=whole union!=edema_∪_core
+mri v2-rec examples ct=reconstruction pet=p(whole) btl=T1Gd_reconstruction mask!=
+mri v2-rec paper ct=reconstruction pet=edema_and_core btl=T1Gd_reconstruction union!=edema_∪_core
+"""  # below the tasks of a version in examples.png and in the paper's figure; ! has the frame
 
 
-def test_a_task_with_other_classes_needs_no_change_here():
-    organs = Task("organs", ("liver", "spleen"), "p(organ)")
-    ct, pet = [0 * X, X - 2, 0 * X], [0 * X, 3 - X]
-    for target, seg, boxed in (
-        ("organs", pet, ["PET branch"]), ("mask", [*ct, pet[1]], ["CT branch", "PET branch"])
-    ):  # fmt: skip
-        variant = Variant(ct=replace(organs, target=target), pet=LESION)
-        row, _ = row_of(variant, {"ct": ct, "pet": pet, "seg": seg}, paper=True)
-        figure = plots.draw_grid([row], ["name"], settings(), paper=True)
-        assert [a.get_title() for a in figure.axes if a.spines["top"].get_visible()] == boxed
-        panel, outlines = row["ct"], texts(figure.legends[0].get_texts())
-        if target == "organs":  # of labels that the mask has not: outlines on CT
-            assert panel["note"] == "p(organ)" and outlines == ["liver", "prediction"]
-            assert (panel["image"] == row["seen"]["image"]).all()
-            liver = np.rot90(
-                (X > 2)[:, 0]
-            )  # in the plane of the other slots, of which all are alike
-            assert (panel["lines"]["liver"] == liver).all() and not panel["lines"]["spleen"].any()
-        else:
-            assert panel["note"] == "liver and spleen" and outlines == ["liver", "lesion"]
-            assert len({line.get_color() for line in figure.legends[0].get_lines()}) == 2
+@pytest.mark.parametrize("line", NOTES.strip().splitlines())
+def test_a_row_has_a_panel_for_each_task(line):
+    kind, version, figure, *expected = line.split()
+    paper = figure == "paper"
+    variant = VARIANTS[kind][version]
+    rng = np.random.default_rng(0)
+    maps = {"seg": rng.normal(size=(1 + len(variant.classes), *SHAPE))}
+    for slot, task in variant.tasks.items():
+        maps[slot] = rng.normal(size=(task.channels, *SHAPE))
+    panels, index = panels_of(variant, maps, kind, paper=paper)
+
+    figure = plots.draw_grid([panels], ["name"], settings(kind), paper)
+    framed = [axis for axis in figure.axes if axis.spines["top"].get_visible()]
+    assert len(framed) == 1
+
+    notes = []
+    for name, panel in panels.items():
+        if name not in ("ct_input", "pet_input", "threshold", "truth"):
+            frame = "!" if panel.is_final else ""
+            notes.append(f"{name}{frame}={panel.note}".replace(" ", "_"))
+    assert notes == expected
+
+    # What is drawn is the map of its slot.
+    if variant.fused and paper:
+        panels["seg"] = panels.pop("btl")
+    for slot in panels.keys() & maps.keys():
+        plane = plots.cut_plane(maps[slot], plots.LOOKS[kind], index)
+        labels = plane.argmax(axis=0)
+        for label, mask in enumerate(panels[slot].outlines.values(), start=1):
+            assert (mask == (labels == label)).all()
+        if not panels[slot].outlines:
+            image = plane[0]
+            if len(plane) > 1:
+                image = 1 - 1 / np.exp(plane - plane[0]).sum(axis=0)
+            np.testing.assert_allclose(panels[slot].image, image, atol=1e-4)
 
 
-def test_examples_of_compared_systems(cases, base, tmp_path, monkeypatch):
-    config, drawn = resolve(base, "petct", phantom=False), []
-    monkeypatch.setattr(plots, "save", lambda figure, path, **how: drawn.append(figure.axes))
-    for network, second in ((Weninger(), "bottleneck"), (Valindria(), "PET branch")):
-        plots.examples(tmp_path, network, cases, config, torch.device("cpu"), most=2)
-        titles = ["CT", "PET", "CT branch", second, "SUV ≥ 4", "prediction", "truth"]
-        assert texts(axis.title for axis in drawn.pop()) == [*titles, *[""] * 7]  # two rows
+@pytest.mark.parametrize("paper", [False, True])
+def test_inputs_truth_and_threshold(paper):
+    label = np.where((X == 1) & (Y == 2) & (Z == 5), 1, 0)
+    maps = {"ct": [ZERO], "pet": [ZERO, ZERO], "seg": [ZERO, ZERO]}
+    panels, index = panels_of(VARIANTS["petct"]["v1"], maps, label=label, paper=paper)
+    assert index == 2
+    ct = -CODE if paper else CODE
+    assert (panels["ct_input"].image == np.rot90(ct[:, 2])).all()
+    assert (panels["pet_input"].image == np.rot90(CODE[:, 2] / 1000)).all()
+    assert np.argwhere(panels["truth"].outlines["truth"]).tolist() == [[2, 1]]
+    assert ("threshold" in panels) == (not paper)
+    if not paper:  # PET is CODE / 1000, where 1 is SUV 15
+        hot = np.rot90(CODE[:, 2] >= 267)
+        assert (panels["threshold"].outlines["prediction"] == hot).all()
+
+
+def test_air_is_black_in_mri():
+    maps = {slot: [ZERO, ZERO] for slot in ("ct", "pet", "btl")}
+    panels, _ = panels_of(VARIANTS["mri"]["v2"], maps | {"seg": [ZERO] * 3}, "mri")
+    for name in ("ct_input", "pet_input"):
+        assert panels[name].image[0, 0] == panels[name].limits[0]
+
+
+def test_organs_are_outlined_on_ct():
+    variant = find_variant("petct", "v5", organs=("liver", "spleen"))
+    ct, pet = [ZERO, X - 2, ZERO], [ZERO, 3 - X]
+    maps = {"ct": ct, "pet": pet, "btl": [ZERO], "seg": pet}
+    panels, _ = panels_of(variant, maps, paper=True)
+    assert panels["ct"].note == "organs"
+    assert (panels["ct"].image == -panels["ct_input"].image).all()
+    liver = np.rot90((X > 2)[:, 0])  # all planes are alike
+    assert (panels["ct"].outlines["liver"] == liver).all()
+    assert not panels["ct"].outlines["spleen"].any()
+
+    figure = plots.draw_grid([panels], ["name"], settings(), paper=True)
+    assert texts(figure.legends[0].get_texts()) == ["liver", "prediction"]
+
+
+@pytest.mark.parametrize("network, third", [(Weninger, "bottleneck"), (Valindria, "PET branch")])
+def test_examples_of_compared_systems(cases, base, tmp_path, saved, network, third):
+    config = resolve(base, "petct", simulated=False)
+    path = tmp_path / "examples.png"
+    plots.examples(path, network(), cases, config, torch.device("cpu"), most=2)
+    titles = ["CT", "PET", "CT branch", third, "SUV ≥ 4", "prediction", "truth"]
+    drawn = texts(axis.title for axis in saved["examples"].axes)
+    assert drawn == titles + [""] * 7  # two rows
+
+
+# ------------------------------------------------------------------ Fig. 7
+
+RUNS = {  # by name: the first of the three studies that it tests, and its options
+    "v1": (3, {"version": "v1"}),
+    "v2": (2, {"version": "v2", "phi": "none"}),
+    "v4": (3, {"version": "v4", "phi": None, "theta": 0.3}),
+    "far": (6, {}),
+    "ct": (3, {"version": "v3_ct_only"}),
+    "coarse": (3, {"spacing": (20.0, 20.0, 20.0)}),
+}
 
 
 @pytest.fixture(scope="module")
 def runs(base, cases, tmp_path_factory):
-    """Untrained runs that test three studies each, and the names of all studies."""
-    root, names = tmp_path_factory.mktemp("runs"), sorted(case.name for case in cases)
-    for name, first, options in (
-        ("v1", 3, {"version": "v1"}), ("v2", 2, {"version": "v2", "phi": "none"}),
-        ("v4", 3, {"version": "v4", "phi": None, "theta": 0.3}), ("far", 6, {}),
-        ("ct", 3, {"version": "v3_ct_only"}), ("coarse", 3, {"spacing": (20.0, 20.0, 20.0)}),
-    ):  # fmt: skip
-        config = resolve(replace(base, **options), "petct", phantom=False)
-        (root / name).mkdir()
-        content = {"model": build_model(config).state_dict(), "epoch": 1, "val_dice": 0.5}
-        save_checkpoint(root / name / "best.pt", content)
-        save_config(root / name, config, "cpu")
-        splits = {"train": [], "val": [], "test": names[first : first + 3]}
-        write_json(root / name / "splits.json", splits)
+    """The folder of the untrained RUNS, and the names of all studies."""
+    root = tmp_path_factory.mktemp("runs")
+    names = sorted(case.name for case in cases)
+    for name, (first, options) in RUNS.items():
+        config = resolve(replace(base, **options), "petct", simulated=False)
+        tested = [{"study": study} for study in names[first : first + 3]]
+        run = make_run(root, name, config, tested)
+        content = {
+            "model": build_model(config).state_dict(),
+            "config": to_dict(config, weights_only=True),
+            "epoch": 1,
+            "val_dice": 0.5,
+        }
+        save_checkpoint(run / "best.pt", content)
     return root, names
 
 
 def test_fig_7_has_a_row_per_run_in_the_papers_order(runs, cases):
     root, names = runs
-    figure, name, said = plots.qualitative([root / n for n in ("v4", "v2", "v1")])
-    largest = max(cases, key=lambda c: (c.name in names[3:5], c.meta["lesion_voxels"]))
-    assert name == "fig7" and said.startswith(f"{largest.name}, coronal slice ")
+    drawn = plots.qualitative([root / name for name in ("v4", "v2", "v1")])
+    tested = [case for case in cases if case.name in names[3:5]]  # by all three
+    largest = max(tested, key=lambda case: case.meta.lesion_voxels)
+    assert drawn.name == "fig7"
+    assert drawn.about.startswith(f"{largest.name}, coronal slice ")
+
+    figure = drawn.figure
     axes = np.array(figure.axes).reshape(3, 6)
-    assert texts(a.yaxis.label for a in axes[:, 0]) == ["v1-noise", "v2", "v4"]
+    assert texts(axis.yaxis.label for axis in axes[:, 0]) == ["v1-noise", "v2", "v4"]
     titles = ["CT, Φ($x_C$)", "PET", "CT branch", "PET branch", "bottleneckor fused", "truth"]
-    assert texts(a.title for a in axes[0]) == titles
-    assert [a.axison and bool(a.images) for a in axes[:, 4]] == [False, True, True]
-    boxed = [[a.images and a.spines["top"].get_visible() for a in row] for row in axes]
-    assert [row.index(True) for row in boxed] == [3, 3, 4]
+    assert texts(axis.title for axis in axes[0]) == titles
+    assert [bool(axis.images) for axis in axes[:, 4]] == [False, True, True]
+    for row, framed in zip(axes, (3, 3, 4), strict=True):
+        assert row[framed].spines["top"].get_visible()
     assert axes[0, 0].get_xlabel() == "noise, σ = 0.3"
-    images, at = np.asarray(largest.load("images"), np.float32), int(said.split()[-1])
-    model, config, *_ = load_run(root / "v1", "best", {})
-    seen, _ = plots.phi_of_study(images, config)  # whose noise the CT branch undoes
-    out = plots.all_outputs(model, seen, config, torch.device("cpu"))["ct"]
-    for axis, shown in ((axes[0, 0], seen[0]), (axes[1, 0], images[0]), (axes[0, 2], out[0])):
-        np.testing.assert_allclose(axis.images[0].get_array(), np.rot90(shown[:, at]), atol=1e-6)
     assert figure.get_figwidth() <= 7.001 and figure.get_figheight() <= 8.801
 
 
-def test_runs_that_do_not_go_together_and_the_choice_of_the_study(runs, tmp_path):
+def test_equal_rows_of_fig_7_have_the_names_of_their_runs(runs, tmp_path):
     root, names = runs
     (tmp_path / "again").symlink_to(root / "v4")
-    figure, _, said = plots.qualitative([root / "v4", tmp_path / "again"], names[3])
-    found = [text for text in texts(a.yaxis.label for a in figure.axes) if text]
-    assert found == ["v4", "again"] and said.startswith(names[3])
-    for second, study, message in (
-        ("far", None, "No study is in the test part of all"), ("ct", None, "is no Mirror U-Net"),
-        ("coarse", None, "kind or spacing differ"), ("nowhere", None, "no such checkpoint"),
-        ("v2", names[5], f"--study {names[5]}: not in the test part"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            plots.qualitative([root / "v1", root / second], study)
+    drawn = plots.qualitative([root / "v4", tmp_path / "again"], names[3])
+    labels = texts(axis.yaxis.label for axis in drawn.figure.axes)
+    assert [label for label in labels if label] == ["v4", "again"]
+    assert drawn.about.startswith(names[3])
+
+
+BAD_RUNS = {  # beside v1
+    "far": "No study is in the test part of all",
+    "ct": "this is no Mirror U-Net",
+    "coarse": "kind or spacing differ",
+    "nowhere": "no such checkpoint",
+}
+
+
+@pytest.mark.parametrize("second", BAD_RUNS)
+def test_runs_that_do_not_go_together_are_refused(runs, second):
+    root, _ = runs
+    with pytest.raises(UserError, match=BAD_RUNS[second]):
+        plots.qualitative([root / "v1", root / second])
+
+
+def test_a_study_that_not_all_runs_test_is_refused(runs):
+    root, names = runs
+    with pytest.raises(UserError, match=f"--study {names[5]}: not in the test part"):
+        plots.qualitative([root / "v1", root / "v2"], names[5])
