@@ -1,14 +1,14 @@
 """The systems of Tables 3-5 that Mirror U-Net is compared with, each with its own loss.
 
-Every network is called as MirrorUNet is, on ct and pet (B, 1, W, H, D), and returns an Output whose
-`seg` holds the logits of one softmax: background and lesion, or background, edema and core. For MRI
-the CT slot holds FLAIR, the PET slot T1Gd. Networks that fuse early see both as channels, CT first.
+Every network is called as MirrorUNet is, on ct and pet (B, 1, W, H, D); for MRI these are FLAIR and
+T1Gd. Its Output has in `seg` the logits of one softmax: background and lesion, or background, edema
+and core.
 
 A docstring says where a system comes from and, under "Choice", what is ours: the papers were
 written for other data, and Sec. 4.2 does not say how they were carried over. All are trained with
 the recipe of Mirror U-Net.
 
-Losses take what those in losses.py take, but have weights of their own: `w` is not read.
+Losses are called as those in losses.py are, but have weights of their own: `w` is not read.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,12 @@ from losses import Terms, dice_ce, reconstruction, tumor_bce
 from mirror_unet import (
     CHANNELS,
     CT,
-    MASKS,
+    MASK_TASK,
     PET,
     SKIPS,
     STRIDE,
     Down,
+    Heads,
     Network,
     Output,
     Up,
@@ -40,20 +41,32 @@ from mirror_unet import (
     unet_layers,
 )
 
-Heads = tuple[str, ...] | None
-
 
 class System(Network):
-    """One softmax decides all classes of the mask. Raises ValueError for an unknown `kind`."""
+    """A network in which one softmax decides all classes of the mask.
+
+    A subclass defines `compute`, and `heads` if it has others than the mask. Raises ValueError for
+    an unknown kind of data.
+    """
 
     heads = ("seg",)
 
     def __init__(self, kind: str = "petct"):
         super().__init__()
-        if kind not in MASKS:
-            raise ValueError(f"unknown kind of data {kind!r}: choose from {', '.join(MASKS)}")
-        self.variant = Variant(pet=MASKS[kind], tumor="tumor" in self.heads)
-        self.classes = MASKS[kind].channels  # with the background
+        if kind not in MASK_TASK:
+            raise ValueError(f"unknown kind of data {kind!r}: choose from {', '.join(MASK_TASK)}")
+        self.variant = Variant(pet=MASK_TASK[kind], tumor="tumor" in self.heads)
+        self.classes = MASK_TASK[kind].channels  # with the background
+
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None, **options) -> Output:
+        """See MirrorUNet.forward; options: those of step_options."""
+        self.check_inputs(ct, pet, heads)
+        images = torch.cat([ct, pet], dim=1)
+        return self.compute(images, heads or self.heads, **options)
+
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        """The wanted fields of Output from the images (B, 2, W, H, D), CT first."""
+        raise NotImplementedError
 
 
 def loss_seg(out: Output, batch: dict, w) -> Terms:
@@ -71,7 +84,7 @@ def he_init(net: nn.Module, slope: float = 0.0, uniform: bool = False) -> None:
 
 
 def run_stages(stages: nn.ModuleList, x: Tensor, pool: bool = False) -> list[Tensor]:
-    """The output of each stage, given that of the one before, max-pooled if `pool` says so."""
+    """The outputs of stages that run one after the other, with max-pooling between if `pool`."""
     maps = []
     for stage in stages:
         if pool and maps:
@@ -93,21 +106,18 @@ class UNet(System):
     """One branch of Mirror U-Net alone: CT-only, PET-only and, on both, early fusion (EF).
 
     Source: Table 3, whose systems share Mirror U-Net's U-Net; the released code's `UNet`.
-    images: what the network sees, "ct", "pet" or both as channels of the first layer.
+    channels: which images the network sees, 0 (CT), 1 (PET) or both.
     """
 
-    def __init__(self, kind: str = "petct", images: tuple[str, ...] = ("ct", "pet")):
+    def __init__(self, kind: str = "petct", channels: tuple[int, ...] = (0, 1)):
         super().__init__(kind)
-        self.images = images
-        first = Down(len(images), CHANNELS[0], stride=2)
+        self.channels = channels
+        first = Down(len(channels), CHANNELS[0], stride=2)
         output = output_layer(CHANNELS, self.variant.pet)
         self.layers = nn.ModuleList([first, *unet_layers()[1:], output])
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        self.check_inputs(ct, pet, heads)
-        slots = {"ct": ct, "pet": pet}
-        seen = torch.cat([slots[name] for name in self.images], dim=1)
-
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        seen = images[:, self.channels]
         branches = {"seg": self.layers}
         maps = encode(branches, {"seg": seen})
         outputs = decode(branches, maps[5], maps)
@@ -136,8 +146,8 @@ class MiddleFusion(System):
             ]
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        self.check_inputs(ct, pet, heads)
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        ct, pet = images.split(1, dim=1)
         maps = encode({"ct": self.ct, "pet": self.pet}, {"ct": ct, "pet": pet})
 
         x = torch.cat([maps[5]["ct"], maps[5]["pet"]], dim=1)
@@ -187,10 +197,8 @@ class PlainUNet(System):
             self.logits.append(nn.Conv3d(fine, self.classes, 1))
         he_init(self, slope=0.01)
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        wanted = self.check_inputs(ct, pet, heads)
-        *skips, x = run_stages(self.down, torch.cat([ct, pet], dim=1))
-
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        *skips, x = run_stages(self.down, images)
         maps = []
         for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             x = stage(torch.cat([up(x), skip], dim=1))
@@ -334,9 +342,8 @@ class SegResNet(System):
             nn.Conv3d(filters, self.classes, 1),
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        self.check_inputs(ct, pet, heads)
-        *skips, bottom = run_stages(self.encoder, torch.cat([ct, pet], dim=1))
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        *skips, bottom = run_stages(self.encoder, images)
         return Output(self.logits(self.decoder(bottom, skips)))
 
 
@@ -361,9 +368,8 @@ class SFNet(System):
         self.weight = nn.Conv3d(filters, 1, 1)
         self.s = nn.Parameter(torch.zeros(()))  # the fusion loss counts e^-s
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        wanted = self.check_inputs(ct, pet, heads)
-        *skips, bottom = run_stages(self.encoder, torch.cat([ct, pet], dim=1))
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        *skips, bottom = run_stages(self.encoder, images)
         seg = self.logits(self.decoder(bottom, skips)) if "seg" in wanted else None
         if "extra" not in wanted:
             return Output(seg)
@@ -482,9 +488,8 @@ class Andrearczyk(System):
             nn.Flatten(0),
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        wanted = self.check_inputs(ct, pet, heads)
-        maps = run_stages(self.down, torch.cat([ct, pet], dim=1), pool=True)
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        maps = run_stages(self.down, images, pool=True)
         seg = self.decode(maps) if "seg" in wanted else None
         tumor = self.classifier(volume_averages(maps)) if "tumor" in wanted else None
         return Output(seg, tumor=tumor)
@@ -633,11 +638,8 @@ class DeepMTS(System):
         self.from_dense_net = nn.Sequential(nn.Dropout(0.5), nn.Linear(112, 64), nn.ReLU())
         self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, 1), nn.Flatten(0))
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        wanted = self.check_inputs(ct, pet, heads)
-        images = torch.cat([ct, pet], dim=1)
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
         maps = run_stages(self.down, images, pool=True)
-
         *skips, x = maps
         for stage, skip in zip(self.up, reversed(skips), strict=True):
             x = stage(torch.cat([F.interpolate(x, scale_factor=2), skip], dim=1))
@@ -717,9 +719,8 @@ class Weninger(System):
             nn.Flatten(0),
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
-        wanted = self.check_inputs(ct, pet, heads)
-        *skips, bottom = run_stages(self.down, torch.cat([ct, pet], dim=1), pool=True)
+    def compute(self, images: Tensor, wanted: tuple[str, ...]) -> Output:
+        *skips, bottom = run_stages(self.down, images, pool=True)
 
         outputs = {}
         if "seg" in wanted:
@@ -755,7 +756,7 @@ class Valindria(System):
     """
 
     heads = ("seg", "ct", "pet")
-    branches = ("ct", "pet")
+    scored_branches = ("ct", "pet")
     one_branch_per_step = True
 
     def __init__(self, kind: str = "petct", norm: str = "shared"):
@@ -768,20 +769,17 @@ class Valindria(System):
         self.ct = nn.ModuleList([*ct, output_layer(CHANNELS, self.variant.ct)])
 
     def step_options(self, number: int) -> dict:
-        return {"branch": self.branches[number % 2]}
+        return {"branch": self.scored_branches[number % 2]}
 
-    def forward(
-        self, ct: Tensor, pet: Tensor, heads: Heads = None, branch: str | None = None
-    ) -> Output:
+    def compute(self, images: Tensor, wanted: tuple[str, ...], branch: str = "") -> Output:
         """branch: "ct" or "pet" runs that branch only, and its logits are `seg`."""
-        wanted = self.check_inputs(ct, pet, heads)
-        images = {}
-        for name, image in (("ct", ct), ("pet", pet)):
-            if branch in (None, name) and ("seg" in wanted or name in wanted):
-                images[name] = image
+        inputs = {}
+        for name, image in zip(("ct", "pet"), images.split(1, dim=1), strict=True):
+            if branch in ("", name) and ("seg" in wanted or name in wanted):
+                inputs[name] = image
 
         branches = {"ct": self.ct, "pet": self.pet}
-        maps = encode(branches, images)
+        maps = encode(branches, inputs)
         outputs = decode(branches, maps[5], maps)
         if "seg" in wanted:
             outputs["seg"] = sum(outputs.values()) / len(outputs)
@@ -804,8 +802,8 @@ class SystemRow(NamedTuple):
 
 SYSTEMS = {
     # Table 3
-    "ct": SystemRow(lambda c: UNet(c.kind, ("ct",))),
-    "pet": SystemRow(lambda c: UNet(c.kind, ("pet",))),
+    "ct": SystemRow(lambda c: UNet(c.kind, channels=(0,))),
+    "pet": SystemRow(lambda c: UNet(c.kind, channels=(1,))),
     "early_fusion": SystemRow(lambda c: UNet(c.kind)),
     "middle_fusion": SystemRow(lambda c: MiddleFusion(c.kind)),
     # Table 4

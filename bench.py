@@ -9,7 +9,8 @@
 
 A row prints one JSON line, which --out FILE appends; everything else goes to stderr. `seconds` and
 `cpu_seconds` hold the wall and processor time of each repeat, peak_rss_mb the most memory since the
-timing began. Inputs are seeded; the options of train.py that a row uses are taken too.
+timing began. Inputs are seeded; the options of train.py that a row uses are taken too. Without
+--data the studies are those of the simulated cohort, preprocessed like real ones.
 """
 
 import argparse
@@ -43,7 +44,7 @@ except ImportError:
 import runs
 import train
 from cache import read_case, write_case
-from common import Parser, UserError, command_line
+from common import Parser, UserError, command_line, to_stderr
 from config import OPTIONS, Config, add_flags, options_from_args, resolve
 from devices import Ranks, choose_amp, choose_device, set_threads
 from eval import infer
@@ -130,9 +131,8 @@ def describe_machine(device: torch.device) -> dict:
 def report(args, device, timing: dict, rate: str, units: int, values: dict, **facts) -> dict:
     """The JSON line of a row. rate: its name; units: the work done in each of the `seconds`."""
     median = float(np.median(timing["seconds"]))
-    settings = vars(args).copy()
-    for name in ("task", "out", "row"):
-        settings.pop(name, None)
+    left_out = ("task", "out", "row")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     return {
         "schema": 1,
         "side": "ours",
@@ -195,20 +195,24 @@ def batch_of_patches(batch: int, patch, seed: int = 0) -> dict[str, torch.Tensor
 
 
 def settle(args, on_cpu=None, **defaults) -> tuple[Config, torch.device]:
-    """The config of a row and its device: the options given, then `on_cpu`, then `defaults`."""
+    """The config of a row and its device: the options given, then `on_cpu`, then `defaults`.
+
+    There is always --data, so that what is not given is as the paper has it.
+    """
     device = choose_device(getattr(args, "device", "auto"))
+    options = {"data": str(PHANTOM), **defaults}
     if device.type == "cpu" and on_cpu:
-        defaults.update(on_cpu)
-    defaults.update(options_from_args(args, OPTIONS.keys() - {"out"}))  # --out takes the results
-    config = resolve(Config(**defaults), "petct", simulated=False)
-    set_threads(config.threads, lambda text: print(text, file=sys.stderr))
+        options.update(on_cpu)
+    options.update(options_from_args(args, OPTIONS.keys() - {"out"}))  # --out takes the results
+    config = resolve(Config(**options), "petct")
+    set_threads(config.threads, to_stderr)
     return choose_amp(config, device), device
 
 
 def bench_step(args) -> dict:
     config, device = settle(args, ON_CPU, **RELEASED)
     model = runs.build_model(config)
-    state = train.resume_or_start(Path(), config, device, Ranks(device), model)
+    state = train.make_state(Path(), config, device, Ranks(device), model)
 
     batch = batch_of_patches(config.batch_size, config.patch, config.seed)
     if model.variant.organ_branch:
@@ -231,7 +235,7 @@ def bench_infer(args) -> dict:
     image = rng.random((2, *args.shape), np.float32)
     model = runs.build_model(config).to(device, memory_format=torch.channels_last_3d)
     heads = HEADS[args.heads] or model.heads
-    action = partial(infer, model, image, config, device, heads)
+    action = partial(infer, runs.LoadedRun(model, config, device, {}), image, heads)
     timing, inference = measure(action, device, args.warmup, args.repeat)
 
     logits = inference.maps["seg"]
@@ -249,7 +253,7 @@ def bench_metrics(args) -> dict:
 
 def bench_preprocess(args) -> dict:
     config, device = settle(args)
-    studies = find_studies(Path(config.data or PHANTOM)).studies[: args.limit]
+    studies = find_studies(Path(config.data)).studies[: args.limit]
     settings = settings_for(config)
 
     def action():
@@ -300,7 +304,7 @@ def bench_gpu(args) -> None:
         try:
             subprocess.run(command, timeout=seconds_left, check=True, stdout=sys.stderr)
         except subprocess.SubprocessError as error:
-            print(f"{row}: {error}", file=sys.stderr)
+            to_stderr(f"{row}: {error}")
 
 
 # ------------------------------------------------------------------ command line
@@ -316,30 +320,34 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
 
-    def add_row(row: Callable, options: str, warmup: int = 1, repeat: int = 5) -> Parser:
-        """The command of a row, with the options that every row has and those of train.py named."""
+    def add_row(row: Callable, options: str, warmup: int = 1, repeat: int = 5) -> Callable:
+        """The add_argument of a row's command.
+
+        options: those of train.py that it takes beside --device, --threads and --seed.
+        """
         command = tasks.add_parser(row.__name__.removeprefix("bench_"))
         command.set_defaults(row=row)
         command.add_argument("--warmup", type=int, default=warmup)
         command.add_argument("--repeat", type=positive_int, default=repeat)
         command.add_argument("--out", help="append the JSON line to this file")
         add_flags(command, f"device threads seed {options}".split())
-        return command
+        return command.add_argument
 
     network = "version widths amp compile patch"
     add_row(bench_step, f"{network} batch_size phi", warmup=3, repeat=10)
 
-    infer_row = add_row(bench_infer, f"{network} overlap window_weights window_batch")
-    infer_row.add_argument("--shape", type=positive_int, nargs=3, default=(200, 200, 300))
-    infer_row.add_argument("--heads", choices=HEADS, default="seg")
+    add = add_row(bench_infer, f"{network} overlap window_weights window_batch")
+    add("--shape", type=positive_int, nargs=3, default=(200, 200, 300))
+    add("--heads", choices=HEADS, default="seg")
 
-    metrics_row = add_row(bench_metrics, "")
-    metrics_row.add_argument("--shape", type=positive_int, nargs=3, default=(400, 400, 300))
-    metrics_row.add_argument("--millimetres", type=float, nargs=3, default=(2.04, 2.04, 3.0))
-    metrics_row.add_argument("--lesions", type=int, default=40)
+    add = add_row(bench_metrics, "")
+    add("--shape", type=positive_int, nargs=3, default=(400, 400, 300))
+    add("--millimetres", type=float, nargs=3, default=(2.04, 2.04, 3.0))
+    add("--lesions", type=int, default=40)
 
-    preprocess_row = add_row(bench_preprocess, "data spacing", warmup=0, repeat=3)
-    preprocess_row.add_argument("--limit", type=positive_int, default=1, help="number of studies")
+    add = add_row(bench_preprocess, "data spacing", warmup=0, repeat=3)
+    add("--limit", type=positive_int, default=1, help="number of studies")
+
     add_row(bench_data, "data cache workers spacing steps patch batch_size")
 
     gpu_rows = tasks.add_parser("gpu")

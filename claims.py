@@ -7,7 +7,6 @@ Each side of a claim is an arm: the defaults but for a few options. tune.py trai
 import math
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from certainty import interval
@@ -35,6 +34,7 @@ ORGAN_ARMS = {  # the CT branch learns organs
     "v5 joint": {"version": "v5", "bottleneck": "joint"},
 }
 ALL_ARMS = ARMS | ORGAN_ARMS
+ARM_OPTIONS = set().union(*ALL_ARMS.values())  # those in which arms differ
 COMPARISONS = {  # the arms that each search trains
     "claims": ARMS,
     "organs": ORGAN_ARMS | {name: ARMS[name] for name in ("v3", "v3 joint", "early fusion")},
@@ -42,7 +42,7 @@ COMPARISONS = {  # the arms that each search trains
 
 
 class Claim(NamedTuple):
-    """An arm minus another one in a metric; paper: this difference in the paper, NaN without."""
+    """An arm minus another one in a metric; paper: the paper's difference, NaN if it has none."""
 
     plus: str
     minus: str
@@ -71,25 +71,21 @@ CLAIMS = (
 NO_VERDICT = ("not run", "left out")  # in place of a verdict
 
 
-def arm_options() -> set[str]:
-    """The options in which arms differ."""
-    return set().union(*ALL_ARMS.values())
-
-
 def arm_of(config: Config) -> str | None:
     """The name of the arm that a trial belongs to; None if it is in none."""
     for name, options in ALL_ARMS.items():
         if options["version"] != config.version:
             continue
-        arm = resolve(Config(rec=config.rec, **options), config.kind, config.data is None)
-        if all(getattr(arm, option) == getattr(config, option) for option in arm_options()):
+        # The default of λ_rec depends on --rec, which a search may give to all arms.
+        arm = resolve(Config(rec=config.rec, data=config.data, **options), config.kind)
+        if all(getattr(arm, option) == getattr(config, option) for option in ARM_OPTIONS):
             return name
     return None
 
 
 def claim_groups(trials: pd.DataFrame) -> list[RunGroup]:
     """The trials of COMPARISONS by what holds for all arms: budget, cohort, learning rate."""
-    compared = arm_options()
+    compared = set(ARM_OPTIONS)
     for name, field in OPTIONS.items():
         if "applies" in field.metadata:  # only some of the arms read it
             compared.add(name)
@@ -113,8 +109,10 @@ def verdict(low: float, high: float, by_seed: list[float], paper: float) -> str:
 
 
 def arm_values(trials: pd.DataFrame, arm: str, metric: Metric) -> tuple[pd.DataFrame, dict]:
-    """A metric of an arm by study, a column per seed (Dice in %, volumes in ml); and the patient of
-    each study. Raises UserError for a study that was tested twice with one seed."""
+    """A metric of an arm by study, a column per seed; and the patient of each study.
+
+    Dice is in %, volumes are in ml. Raises UserError for a study that was tested twice with a seed.
+    """
     scale = 100 if metric.name == "dice" else 1
     patients, folds_by_seed = {}, {}
     for trial in trials[trials["arm"] == arm].itertuples():
@@ -140,21 +138,19 @@ def paired_differences(
     Only of the seeds and folds that both arms have. Raises UserError as arm_values does.
     """
     plus_values, patients = arm_values(trials, plus, metric)
-    minus_values, minus_patients = arm_values(trials, minus, metric)
+    minus_values, _ = arm_values(trials, minus, metric)
     differences = plus_values - minus_values
     differences = differences.dropna(axis=0, how="all").dropna(axis=1, how="all")
-    return differences, pd.Series(patients | minus_patients, dtype=object)
+    return differences, pd.Series(patients, dtype=object)
 
 
 def asked_claims(trials: pd.DataFrame) -> list[Claim]:
-    """The claims whose two arms are trained by one of the searches of the trials."""
-    asked = []
-    for claim in CLAIMS:
-        for search, arms in COMPARISONS.items():
-            if claim.plus in arms and claim.minus in arms and asked_by(trials, search).any():
-                asked.append(claim)
-                break
-    return asked
+    """The claims about arms that the searches of these trials have."""
+    arms = set()
+    for search in COMPARISONS:
+        if asked_by(trials, search).any():
+            arms.update(COMPARISONS[search])
+    return [claim for claim in CLAIMS if claim.plus in arms and claim.minus in arms]
 
 
 def confidence_level(trials: pd.DataFrame) -> float:
@@ -171,6 +167,7 @@ def claims_table(trials: pd.DataFrame) -> pd.DataFrame:
     done = trials[(trials["status"] == "done") & trials["config"].notna()]
     done = done.assign(arm=done["config"].map(arm_of))
     metrics = {metric.name: metric for metric in METRICS}
+    level = confidence_level(trials)
 
     rows = []
     for plus, minus, metric_name, paper in asked_claims(trials):
@@ -187,9 +184,9 @@ def claims_table(trials: pd.DataFrame) -> pd.DataFrame:
             continue
 
         by_seed = differences.mean()
-        low, high = interval(differences, patients, confidence_level(trials))
         mean = float(differences.stack().mean())
-        agreeing = int((np.sign(by_seed) == math.copysign(1, mean)).sum())
+        low, high = interval(differences, patients, level)
+        agreeing = (by_seed * mean > 0).sum()
         row.update(
             here=mean,
             low=low,
@@ -201,23 +198,22 @@ def claims_table(trials: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claims_text(trials: pd.DataFrame, about: str = "") -> str:
+def claims_text(trials: pd.DataFrame, about: str) -> str:
     """The claims as a table, in the order of CLAIMS."""
-    interval_name = f"here ({100 * confidence_level(trials):.1f} %)"
-    rows = [["claim", "paper", interval_name, "seeds", "patients", "verdict"]]
-    reasons = []
+    title = f"here ({100 * confidence_level(trials):.1f} %)"
+    rows = [["claim", "paper", title, "seeds", "patients", "verdict"]]
+    reasons = {}  # each once
     for row in claims_table(trials).to_dict("records"):
         paper = "–" if math.isnan(row["paper"]) else f"{row['paper']:+.2f}"
-        ours, seeds, patients = "", "", ""
+        cells = ["", "", ""]
         if row["verdict"] not in NO_VERDICT:
-            ours = f"{row['here']:+.1f} [{row['low']:.1f}, {row['high']:.1f}]"
-            seeds, patients = row["seeds"], f"{row['patients']:.0f}"
-        rows.append([row["claim"], paper, ours, seeds, patients, row["verdict"]])
-
-        if row["verdict"] == "left out" and row["reason"] not in reasons:
-            reasons.append(row["reason"])
+            difference = f"{row['here']:+.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+            cells = [difference, row["seeds"], f"{row['patients']:.0f}"]
+        rows.append([row["claim"], paper, *cells, row["verdict"]])
+        if row["verdict"] == "left out":
+            reasons[f"left out: {row['reason']}"] = None
 
     heading = "Claims of Sec. 4: Dice in %, volumes in ml"
     if about:
         heading += f"; {about}"
-    return "\n".join([heading, align_columns(rows), *(f"left out: {reason}" for reason in reasons)])
+    return "\n".join([heading, align_columns(rows), *reasons])

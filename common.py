@@ -118,7 +118,19 @@ def read_json(path: Path, parse=lambda content: content, remedy="Repair or repla
         return parse(json.loads(text, parse_constant=int))  # int() refuses NaN and Infinity
 
 
+def of_type(value, types):
+    """Return `value` if it is of one of these types; raises TypeError if it is not."""
+    if not isinstance(value, types):
+        raise TypeError(f"{value!r:.40} in place of {getattr(types, '__name__', types)}")
+    return value
+
+
 # ------------------------------------------------------------------ the frame of a command
+
+
+def to_stderr(text: str) -> None:
+    """Print a line that is not part of a command's result."""
+    print(text, file=sys.stderr)
 
 
 def progress(items: Iterable, name: str, unit: str, total: int | None = None) -> tqdm:

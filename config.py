@@ -2,10 +2,10 @@
 
 A Config is the command line, the argument of train() and what a run saves. resolve() gives every
 option that applies a value, by version and kind of data, and refuses what does not fit;
-comparison_key() says which runs differ in nothing but their seed.
+unusual_options() says which runs differ in nothing but their seed.
 """
 
-from __future__ import annotations
+from __future__ import annotations  # the type of a field is text, see value_type and from_dict
 
 import argparse
 import math
@@ -21,7 +21,7 @@ from mirror_unet import (
     CLASSIFIERS,
     DATA_NAMES,
     DEFAULT_THETA,
-    MASKS,
+    MASK_TASK,
     NORMS,
     STRIDE,
     VARIANTS,
@@ -29,10 +29,10 @@ from mirror_unet import (
     find_variant,
 )
 
-MAX_COUNT = 10**9  # Upper bound of every integer option; larger values are typing errors.
-COUNT = (0, MAX_COUNT)
-POSITIVE_COUNT = (1, MAX_COUNT)
-POSITIVE = (0, math.inf)  # of a real number; zero is allowed
+# Limits of options. A count of more than 10**9 is a typing error.
+COUNT = (0, 10**9)
+POSITIVE_COUNT = (1, 10**9)
+NOT_NEGATIVE = (0, math.inf)
 SHARE = (0, 1)
 SEEDS = (0, 2**63 - 1)
 
@@ -50,14 +50,15 @@ def option(default, help: str, **rule):
 
     choices: the words allowed. limits: the lowest and the highest number. lengths: how many numbers
     a tuple may have. fill: what resolve() puts in place of None, which is a value, a ByData or a
-    function of the variant and the config. applies: a function of the variant and Φ that says
-    whether Mirror U-Net uses the option; a compared system does if its row lists it.
+    function of the variant and the config. applies: a function of the variant that says whether
+    Mirror U-Net uses the option; a compared system does if its row lists it. Without this part
+    everything uses the option. unused: its value where it does not apply [the default].
     """
     return field(default=default, metadata={"help": help, **rule})
 
 
-def is_mirror(variant: Variant, phi: str) -> bool:
-    """Every variant of Mirror U-Net, and of the compared systems none."""
+def every_version(variant: Variant) -> bool:
+    """The rule of an option that all versions of Mirror U-Net use; compared systems do not."""
     return True
 
 
@@ -77,38 +78,39 @@ class Config:
         (5,),
         "shared layers L, of 1 to 8; none if empty",
         limits=(1, 8),
-        applies=is_mirror,
+        applies=every_version,
     )
     widths: tuple[int, ...] = option(
         CHANNELS,
         "channels of layers 1 to 5",
         lengths=(5,),
         limits=POSITIVE_COUNT,
-        applies=is_mirror,
+        applies=every_version,
     )
     bottleneck: str = option(
         "own",
         "features that a decoder starts from: its own branch's (Eq. 1) or those of both",
         choices=BOTTLENECKS,
-        applies=is_mirror,
+        applies=every_version,
     )
     norm: str = option(
         "shared",
         "whether shared layers share their batch norms",
         choices=NORMS,
-        applies=is_mirror,
+        applies=every_version,
     )
     classifier: str = option(
         "both",
         "bottlenecks that T sees; the released code takes pet",
         choices=CLASSIFIERS,
-        applies=lambda variant, phi: variant.tumor,
+        applies=lambda variant: variant.tumor,
     )
     modality: str = option(
         "both",
         "images of v1-v3 and v5; ct or pet goes to both branches (Sec. 4.2)",
         choices=("both", "ct", "pet"),
-        applies=lambda variant, phi: variant.reconstructs and variant.classes == ("lesion",),
+        # Of PET/CT all but v4, whose branches would segment one image twice.
+        applies=lambda variant: variant.reconstructs and variant.classes == ("lesion",),
     )
     ct: str = option(
         "own",
@@ -121,73 +123,74 @@ class Config:
         limits=SHARE,
         choices=("learn",),
         fill=DEFAULT_THETA,
-        applies=lambda variant, phi: variant.fused,
+        applies=lambda variant: variant.fused,
     )
     phi: str | None = option(
         None,
         "Φ, the change of the CT [shuffle where it applies; v5: none]",
         choices=("none", "noise", "shuffle"),
         fill=lambda variant, config: variant.phi,
-        applies=lambda variant, phi: variant.takes_phi,
+        applies=lambda variant: variant.takes_phi,
+        unused="none",
     )
     noise_sigma: float = option(
         0.3,
         "largest standard deviation of Φ noise, which is drawn from U(0, σ)",
-        limits=POSITIVE,
-        applies=lambda variant, phi: phi == "noise",
+        limits=NOT_NEGATIVE,
+        applies=lambda variant: variant.phi == "noise",
     )
     shuffle_edge: int = option(
         16,
         "edge in voxels of a cube of Φ shuffle",
         limits=POSITIVE_COUNT,
-        applies=lambda variant, phi: phi == "shuffle",
+        applies=lambda variant: variant.phi == "shuffle",
     )
     shuffle_count: int = option(
         1,
         "cubes of Φ shuffle per crop; 1 touches 0.5 %% of 96^3, 30 an eighth",
         limits=COUNT,
-        applies=lambda variant, phi: phi == "shuffle",
+        applies=lambda variant: variant.phi == "shuffle",
     )
 
     rec: str = option(
         "l2",
         "reconstruction term: the paper's norm or the released code's MSE",
         choices=("l2", "mse"),
-        applies=lambda variant, phi: variant.reconstructs,
+        applies=lambda variant: variant.reconstructs,
     )
     lambda_rec: float | None = option(
         None,
         "λ_rec, the weight of reconstruction [1e-4 with l2, 1e-3 with mse]",
-        limits=POSITIVE,
+        limits=NOT_NEGATIVE,
         fill=lambda variant, config: 1e-4 if config.rec == "l2" else 1e-3,
-        applies=lambda variant, phi: variant.reconstructs,
+        applies=lambda variant: variant.reconstructs,
     )
     lambda_seg: float | None = option(
         None,
         "λ_seg, the weight of segmentation [0.5; MRI v1, v2: 1/3 per task]",
-        limits=POSITIVE,
+        limits=NOT_NEGATIVE,
         fill=lambda variant, config: 0.5 if variant.one_softmax else 1 / 3,
-        applies=lambda variant, phi: not variant.fused,
+        applies=lambda variant: not variant.fused,
     )
     lambda_cls: float | None = option(
         None,
         "λ_class, the weight of T (v3, v5) [1e-3]",
-        limits=POSITIVE,
+        limits=NOT_NEGATIVE,
         fill=1e-3,
-        applies=lambda variant, phi: variant.tumor,
+        applies=lambda variant: variant.tumor,
     )
     lambda_org: float | None = option(
         None,
         "λ_org, the weight of the organs (v5) [0.1]",
-        limits=POSITIVE,
+        limits=NOT_NEGATIVE,
         fill=0.1,
-        applies=lambda variant, phi: bool(variant.organ_branch),
+        applies=lambda variant: variant.organ_branch,
     )
     class_label: str = option(
         "crop",
         "what T learns to find a lesion in: the crop or its whole study",
         choices=("crop", "volume"),
-        applies=lambda variant, phi: variant.tumor,
+        applies=lambda variant: variant.tumor,
     )
 
     data: str | None = option(None, "folder of studies; without it a simulated cohort is made")
@@ -195,7 +198,7 @@ class Config:
     organs: str | None = option(
         None,
         "folder of organ maps, named like the studies of autoPET III (v5)",
-        applies=lambda variant, phi: bool(variant.organ_branch),
+        applies=lambda variant: variant.organ_branch,
     )
     organ_names: tuple[str, ...] = option((), "")  # found in the maps
     spacing: tuple[float, ...] | None = option(
@@ -248,14 +251,14 @@ class Config:
     batch_size: int | None = option(
         None, "crops per step, over all devices", limits=POSITIVE_COUNT, fill=ByData(4, 4, 2)
     )
-    lr: float = option(1e-3, "learning rate", limits=POSITIVE)
+    lr: float = option(1e-3, "learning rate", limits=NOT_NEGATIVE)
     lr_drop: int | None = option(
         None,
         "epoch after which the learning rate is a tenth; 0 for never",
         limits=COUNT,
         fill=ByData(250, 250, 8),
     )
-    weight_decay: float = option(1e-6, "weight decay", limits=POSITIVE)
+    weight_decay: float = option(1e-6, "weight decay", limits=NOT_NEGATIVE)
     seed: int = option(0, "seed of weights, crops, Φ and dropout", limits=SEEDS)
     val_every: int | None = option(
         None, "epochs from one validation to the next", limits=POSITIVE_COUNT, fill=ByData(5, 5, 2)
@@ -300,7 +303,9 @@ LAUNCH_OPTIONS = {
     "workers",
 }
 
-GROUPS = {  # headings of -h, by the first option below each
+# The headings of -h, by the option whose flag is the first below each. Flags come in the order of
+# the fields of Config.
+GROUPS = {
     "version": "task",
     "rec": "losses",
     "data": "data",
@@ -331,7 +336,7 @@ def system_of(config: Config) -> SystemRow | None:
 def variant_for(config: Config, kind: str) -> Variant:
     """The tasks of the config's version; a compared system's is the mask. Raises UserError."""
     if system_of(config):
-        return Variant(pet=MASKS[kind])
+        return Variant(pet=MASK_TASK[kind])
     try:
         return find_variant(kind, mirror_version(config))
     except ValueError as error:
@@ -344,38 +349,42 @@ def describe_run(config: Config) -> str:
     if system_of(config):
         return config.version
     layers = ", ".join(map(str, config.shared))
-    joint = ", joint bottleneck (0.26 M more)" if config.bottleneck == "joint" else ""
+    joint = ", joint bottleneck" if config.bottleneck == "joint" else ""
     return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{joint}"
 
 
 def applicable_options(config: Config, kind: str) -> dict[str, bool]:
     """Whether each option applies to the config's version."""
-    variant = variant_for(config, kind)
     system = system_of(config)
-    phi = (config.phi or variant.phi) if variant.takes_phi else "none"
+    variant = variant_for(config, kind)
+    if variant.takes_phi and config.phi:
+        variant = replace(variant, phi=config.phi)
 
     applicable = {}
-    for name, f in OPTIONS.items():
-        applies = f.metadata.get("applies")
-        if applies and system:
+    for name, option_field in OPTIONS.items():
+        applies = option_field.metadata.get("applies")
+        if applies is None:
+            applicable[name] = True
+        elif system:
             applicable[name] = name in system.options
         else:
-            applicable[name] = applies is None or applies(variant, phi)
+            applicable[name] = bool(applies(variant))
     return applicable
 
 
 # ------------------------------------------------------------------ settling a config
 
 
-def resolve(config: Config, kind: str, simulated: bool) -> Config:
+def resolve(config: Config, kind: str) -> Config:
     """The config with a value for every option that applies to its version and data.
 
-    kind: petct or mri. simulated: the data are the phantom, which has defaults of its own. Raises
+    kind: petct or mri. Without config.data the defaults are those of the simulated cohort. Raises
     UserError for options that do not apply or do not fit each other.
     """
     if config.kind not in (None, kind):
         kinds = f"{DATA_NAMES[kind]} studies, the run was made for {DATA_NAMES[config.kind]}"
         raise UserError(f"--data: holds {kinds}. Give data of that kind.")
+    config = replace(config, kind=kind)
 
     version = config.version
     variant = variant_for(config, kind)
@@ -389,21 +398,21 @@ def resolve(config: Config, kind: str, simulated: bool) -> Config:
             raise UserError(f"--modality {config.modality}: {version} is {only}. Leave it out.")
         config = replace(config, modality=only)
 
-    values = {"kind": kind}
+    values = {}
     for name, applies in applicable_options(config, kind).items():
         value = getattr(config, name)
         default = OPTIONS[name].default
-        fill = OPTIONS[name].metadata.get("fill")
+        rule = OPTIONS[name].metadata
+        fill = rule.get("fill")
 
-        # What does not apply keeps its default, so that equal runs have equal configs.
+        # What does not apply has one value, so that equal runs have equal configs.
         if not applies:
-            unused = "none" if name == "phi" else default  # Φ has a word for "not at all"
-            if value not in (default, unused):
+            values[name] = rule.get("unused", default)
+            if value not in (default, values[name]):
                 raise UserError(f"{flag_of(name)} has no effect on {version} here. Leave it out.")
-            values[name] = unused
-        elif value is None and fill:
-            if isinstance(fill, ByData):
-                fill = getattr(fill, "phantom" if simulated else kind)
+        elif value is None and isinstance(fill, ByData):
+            values[name] = getattr(fill, kind if config.data else "phantom")
+        elif value is None:
             values[name] = fill(variant, config) if callable(fill) else fill
 
     config = check_options(replace(config, **values))
@@ -413,33 +422,35 @@ def resolve(config: Config, kind: str, simulated: bool) -> Config:
 
 
 def check_options(config: Config) -> Config:
-    """Check every option against its rule; sort L and make three sides of one.
+    """The config with L sorted, and one spacing or patch side written as three.
 
-    Raises UserError with the flag, the value and what is allowed.
+    Raises UserError for an option that breaks its rule, with the flag, the value and what is
+    allowed.
     """
     values = {"shared": tuple(sorted(set(config.shared)))}
-    for name, f in OPTIONS.items():
+    for name, option_field in OPTIONS.items():
         value = getattr(config, name)
         if value is None:  # resolve() fills it in
             continue
-        items = value if isinstance(value, tuple) else (value,)
-        lengths = f.metadata.get("lengths", (len(items),))
 
-        violations = [rule_violation(item, f.metadata) for item in items]
-        if len(items) not in lengths:
+        rule = option_field.metadata
+        items = value if isinstance(value, tuple) else (value,)
+        lengths = rule.get("lengths")
+        violations = [rule_violation(item, rule) for item in items]
+        if lengths and len(items) not in lengths:
             violations = [f"give {' or '.join(map(str, lengths))} numbers"]
         if name == "patch" and any(side % STRIDE for side in items):
             violations.append(f"every side must divide by {STRIDE}")
-        for violation in filter(None, violations):
+        for violation in filter(None, violations):  # the first one is enough
             raise UserError(f"{flag_of(name)} {value or repr(value)}: {violation}.")
 
-        if lengths == (1, 3):
-            values[name] = items * (3 // len(items))
+        if lengths == (1, 3) and len(items) == 1:
+            values[name] = items * 3
     return replace(config, **values)
 
 
 def rule_violation(value, rule: dict) -> str:
-    """What a word or number breaks of its option's rule, in words; empty if nothing."""
+    """How a word or a number breaks its option's rule, in words; "" if it does not."""
     choices = rule.get("choices", ())
     if value == "":
         return "an empty string is no value. Give one, or leave the option out"
@@ -461,46 +472,44 @@ def rule_violation(value, rule: dict) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, names=OPTIONS) -> None:
     """A flag per field of Config (or of `names`), in groups; flags not given leave no attribute."""
-    for name, f in OPTIONS.items():
+    for name, option_field in OPTIONS.items():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
-        if name in names and f.metadata["help"]:
+        if name in names and option_field.metadata["help"]:
             group.add_argument(flag_of(name), default=argparse.SUPPRESS, **argparse_keywords(name))
 
 
 def argparse_keywords(name: str) -> dict:
-    """An option's type, number of values and help for add_argument, by its annotation and rule."""
-    f = OPTIONS[name]
-    rule = f.metadata
-    if f.type == "bool":
-        return {"help": rule["help"], "action": "store_true"}
-
-    keywords = {"help": rule["help"], "type": value_type(f.type), "metavar": ""}
+    """An option's type, number of values and help for add_argument, by its type and rule."""
+    option_field = OPTIONS[name]
+    default, rule = option_field.default, option_field.metadata
+    text = rule["help"]
+    if option_field.type == "bool":
+        return {"help": text, "action": "store_true"}
 
     # The help ends with the default; where that depends on the version, its text says so.
     fill = rule.get("fill")
-    if f.default is not None:
-        keywords["help"] += f" [{format_value(f.default)}]"
+    if default is not None:
+        text += f" [{format_value(default)}]"
     elif isinstance(fill, ByData):
         defaults = [f"{kind} {format_value(value)}" for kind, value in fill._asdict().items()]
-        keywords["help"] += f" [{'; '.join(defaults)}]"
+        text += f" [{'; '.join(defaults)}]"
 
+    keywords = {"help": text, "type": value_parser(option_field.type), "metavar": ""}
     if "choices" in rule and "limits" not in rule:
-        keywords["choices"] = rule["choices"]
-        keywords["metavar"] = None
-    if f.type.startswith("tuple"):
+        keywords.update(choices=rule["choices"], metavar=None)
+    if option_field.type.startswith("tuple"):
         keywords["nargs"] = "+" if "lengths" in rule else "*"
     return keywords
 
 
-def value_type(annotation: str):
-    """The function that reads a word of the command line into an option of this type."""
-    if "float | str" in annotation:
+def value_parser(type_name: str):
+    """The function that makes an option of this type from a word of the command line."""
+    if "float | str" in type_name:
         return number_or_word
-    for kind in (int, float):
-        if kind.__name__ in annotation:
-            return kind
-    return str
+    if "float" in type_name:
+        return float
+    return int if "int" in type_name else str
 
 
 def number_or_word(text: str) -> float | str:
@@ -521,15 +530,15 @@ def list_versions() -> str:
 
 
 def options_from_args(args: argparse.Namespace, names=OPTIONS) -> dict:
-    """The options among parsed arguments, with lists as tuples."""
+    """The options that the command line gives, with lists as tuples; `given` in other modules."""
     given = {}
     for name, value in vars(args).items():
         if name in names:
-            given[name] = as_tuple(value)
+            given[name] = list_to_tuple(value)
     return given
 
 
-def as_tuple(value):
+def list_to_tuple(value):
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -545,7 +554,7 @@ def parse_settings(words: list[str]) -> dict:
     parser = Parser()
     add_flags(parser)
     given = options_from_args(parser.parse_args(line))
-    checked = check_options(replace(Config(), **given))
+    checked = check_options(Config(**given))
     return {name: getattr(checked, name) for name in given}
 
 
@@ -553,7 +562,10 @@ def parse_settings(words: list[str]) -> dict:
 
 
 def to_dict(config: Config, weights_only: bool = False) -> dict:
-    """The config in plain types; weights_only leaves out LAUNCH_OPTIONS."""
+    """The config in plain types, without --resume and --check, which are of a single launch.
+
+    weights_only: without all of LAUNCH_OPTIONS.
+    """
     left_out = LAUNCH_OPTIONS if weights_only else {"resume", "check"}
     values = {}
     for name, value in asdict(config).items():
@@ -573,27 +585,33 @@ def from_dict(saved: dict) -> Config:
 
     values = {}
     for name, value in saved.items():
-        values[name] = as_tuple(value)
-        # "tuple[int, ...] | None" allows tuple and None; check_options() sees to what it holds.
-        allowed = re.sub(r"\[.*?\]", "", OPTIONS[name].type).replace("float", "float | int")
-        if type(values[name]).__name__.removesuffix("Type") not in allowed.split(" | "):
-            raise UserError(f"saved option {name} is no {OPTIONS[name].type}. Restore it.")
+        values[name] = list_to_tuple(value)
+        # A field's type is text: "tuple[int, ...] | None" allows the types tuple and NoneType.
+        # check_options() checks what the tuple holds.
+        annotation = OPTIONS[name].type
+        allowed = re.sub(r"\[.*?\]", "", annotation).replace("None", "NoneType")
+        if "float" in allowed:
+            allowed += " | int"
+        if type(values[name]).__name__ not in allowed.split(" | "):
+            raise UserError(f"saved option {name} is no {annotation}. Restore it.")
     return check_options(Config(**values))
 
 
-# What does not set two runs apart: the launch, the device's precision, and what repeats a run.
+# Options in which the runs of one row of a table may differ: those of the launch, the device's
+# precision, and what repeats a run on other splits or from other weights. The version and the kind
+# of data are here because unusual_options() has them in another way.
 NOT_COMPARED = (LAUNCH_OPTIONS - {"epochs"}) | {"amp", "seed", "fold", "splits", "version", "kind"}
 
 
-def comparison_key(config: Config) -> dict:
-    """The one rule of sameness: runs of equal keys may share a table or be averaged.
+def unusual_options(config: Config) -> dict:
+    """What sets a resolved config apart from the defaults of its own version and data.
 
-    config is resolved. The key holds the kind of data (the phantom is one) and the options, the
-    budget among them, that differ from the defaults of its own version and data.
+    It holds the options that differ from them, the budget among them, and the kind of data, of
+    which the simulated cohort is one. This is the one rule of sameness: runs of equal keys may
+    share a table and, if they are of one version, be averaged.
     """
-    simulated = config.data is None
-    defaults = resolve(Config(version=config.version), config.kind, simulated)
-    key = {"data": "phantom" if simulated else config.kind}
+    defaults = resolve(Config(version=config.version, data=config.data), config.kind)
+    key = {"data": config.kind if config.data else "phantom"}
     for name in OPTIONS:
         value = getattr(config, name)
         if name not in NOT_COMPARED and value != getattr(defaults, name):

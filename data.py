@@ -1,6 +1,6 @@
 """From cached studies to a batch: training crops, and Φ of Eq. 1.
 
-Patches                         crops drawn as a pure function of (seed, epoch, index)
+Patches                         training crops, each drawn from (seed, epoch, index) alone
 with_swapped_ct                 studies with the CT of another patient
 Schedule, Loader                batches of an epoch, read ahead
 select_modality, transform_ct   what the network is given of a batch, on the device
@@ -35,10 +35,10 @@ def draw_crop(case: Case, patch: Shape, lesion_p: float, rng) -> Crop:
     moved in.
     """
     shape = case.meta.shape
-    lesion_drawn = rng.random() < lesion_p
+    lesion_drawn = rng.random() < lesion_p  # for every study, so that all draw alike
     lesion = case.load("lesion") if lesion_drawn and case.has_lesion else ()
 
-    if len(lesion):  # a small one may be lost in resampling
+    if len(lesion):  # 0 for a small lesion that was lost in resampling
         voxel = lesion[rng.integers(len(lesion))]
         centre = np.unravel_index(int(voxel), shape)
     else:
@@ -63,21 +63,25 @@ def shift(cut: slice, offset: int) -> slice:
     return slice(cut.start + offset, cut.stop + offset)
 
 
-def overlap(crop: Crop, shape) -> tuple[Crop, Crop]:
+def clip_crop(crop: Crop, shape) -> tuple[Crop, Crop]:
     """The part of a crop inside a volume: its slices in the volume, and in the crop itself."""
     inside = []
     place = []
     for cut, side in zip(crop, shape, strict=True):
         start = min(max(cut.start, 0), side)
         stop = min(max(cut.stop, 0), side)
-        inside.append(slice(start, stop))
-        place.append(shift(inside[-1], -cut.start))
+        part = slice(start, stop)
+        inside.append(part)
+        place.append(shift(part, -cut.start))
     return tuple(inside), tuple(place)
 
 
 def read_crop(array: np.ndarray, crop: Crop, out: np.ndarray) -> None:
-    """array[..., crop] of a (mapped) array into `out`, zeros beyond its borders; reads no more."""
-    inside, place = overlap(crop, array.shape[-3:])
+    """Copy array[..., crop] into `out`, with zeros beyond the array's borders.
+
+    Of an array that is mapped from a file no voxel outside the crop is read.
+    """
+    inside, place = clip_crop(crop, array.shape[-3:])
     if crop != inside:
         out[:] = 0
     out[(..., *place)] = array[(..., *inside)]
@@ -85,41 +89,34 @@ def read_crop(array: np.ndarray, crop: Crop, out: np.ndarray) -> None:
 
 @lru_cache(maxsize=4)
 def visiting_order(seed: int, epoch: int, turn: int, count: int) -> np.ndarray:
+    """The order in which pass number `turn` of an epoch visits the studies, by their index."""
     return np.random.default_rng((seed, epoch, turn)).permutation(count)
 
 
+@dataclass
 class Patches:
-    """Training crops. Item (epoch, index) is a pure function of it and the seed.
+    """Training crops. The item of a key (epoch, index) depends on the key and `seed` alone.
 
     Every study is visited once before any is visited again. An item holds image float16
     (2, W, H, D), CT first; mask uint8 (W, H, D); tumor, 1.0 if the crop (or, by
-    class_label="volume", the study) has a lesion. organs: an item holds them too, like the mask,
-    UNKNOWN_ORGANS throughout where a study has no map.
+    class_label="volume", the study) has a lesion.
+    organs: whether an item also holds the organ map, uint8 (W, H, D), which is UNKNOWN_ORGANS
+    throughout for a study without one.
     """
 
-    def __init__(
-        self,
-        cases: list[Case],
-        patch: Shape,
-        seed: int,
-        lesion_p: float = 2 / 3,
-        class_label: str = "crop",
-        organs: bool = False,
-    ):
-        self.cases = cases
-        self.patch = tuple(patch)
-        self.seed = seed
-        self.lesion_p = lesion_p
-        self.class_label = class_label
-        self.organs = organs
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        batch = self.batch([key])
-        return {name: tensor[0] for name, tensor in batch.items()}
+    cases: list[Case]
+    patch: Shape
+    seed: int
+    lesion_p: float = 2 / 3
+    class_label: str = "crop"
+    organs: bool = False
 
     def batch(self, keys: list[tuple[int, int]], pinned: bool = False) -> dict[str, Tensor]:
-        """The items of `keys`, stacked; in page-locked memory, which a GPU reads faster, if pinned.
-        Each voxel is copied once, from the cache to its place in the batch."""
+        """The items of `keys`, stacked.
+
+        Each voxel is copied once, from the cache to its place in the batch. pinned: the batch lies
+        in page-locked memory, which a GPU reads faster.
+        """
         new = partial(torch.empty, pin_memory=pinned)
         shape = (len(keys), *self.patch)
         batch = {
@@ -152,6 +149,7 @@ class Patches:
         order = visiting_order(self.seed, epoch, turn, len(self.cases))
         case = self.cases[order[place]]
 
+        # The 1 tells this seed from those of visiting_order.
         rng = np.random.default_rng((self.seed, epoch, index, 1))
         return case, draw_crop(case, self.patch, self.lesion_p, rng)
 
@@ -161,7 +159,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class SwappedCT(Case):
-    """A study whose CT is that of `lender`, middle upon middle, cut or padded with zeros."""
+    """A study with the CT of `lender`, middle upon middle, cut or padded with zeros."""
 
     lender: Case | None = None
 
@@ -177,16 +175,16 @@ class SwappedCT(Case):
 
 def read_images(case: Case, crop: Crop, out: np.ndarray) -> None:
     """The crop of both images of a study into `out` (2, *patch), CT first, as read_crop does."""
-    read_crop(Case.load(case, "images"), crop, out)
+    read_crop(Case.load(case, "images"), crop, out)  # the study's own, also of a SwappedCT
     if not isinstance(case, SwappedCT):
         return
 
-    # Where this study's volume lies in the lender's, and in it the crop.
+    # The place of this study's volume in the lender's, and then that of the crop.
     lender_ct = case.lender.load("images")[:1]
     lender_shape = lender_ct.shape[1:]
     middle = [side // 2 for side in lender_shape]
     volume = place_crop(middle, case.meta.shape, lender_shape)
-    inside, place = overlap(crop, case.meta.shape)
+    inside, place = clip_crop(crop, case.meta.shape)
     shifted = []
     for cut, origin in zip(inside, volume, strict=True):
         shifted.append(shift(cut, origin.start))
@@ -194,13 +192,16 @@ def read_images(case: Case, crop: Crop, out: np.ndarray) -> None:
     read_crop(lender_ct, tuple(shifted), ct)
 
 
-def with_swapped_ct(cases: list[Case], ct: str = "other") -> list[Case]:
-    """The studies, by ct="other" with the CT of the next patient by name, the last one with that of
-    the first. Raises UserError for studies of one patient."""
+def with_swapped_ct(cases: list[Case], ct: str) -> list[Case]:
+    """The studies with their own CT or, for ct="other", each with the CT of the next patient.
+
+    Patients are sorted by name, and the last one is given the CT of the first. Raises UserError for
+    studies of one patient.
+    """
     if ct == "own":
         return cases
-    first_case: dict[str, Case] = {}
-    for case in sorted(cases, key=lambda case: case.name):
+    first_case = {}
+    for case in sorted(cases, key=lambda c: c.name):
         first_case.setdefault(case.patient, case)
     patients = sorted(first_case)
     if len(patients) == 1:
@@ -217,21 +218,18 @@ def with_swapped_ct(cases: list[Case], ct: str = "other") -> list[Case]:
 # ------------------------------------------------------------------ batches
 
 
+@dataclass
 class Schedule:
-    """Batches of keys (epoch, index) for one of `world` processes, which share each batch."""
+    """The keys (epoch, index) of each batch, for process `rank` of `world`, which share a batch.
 
-    def __init__(
-        self,
-        steps: int,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.steps = steps
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world = world
-        self.epoch = 0
+    `epoch` is set before each pass.
+    """
+
+    steps: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.steps):
@@ -240,24 +238,18 @@ class Schedule:
             yield [(self.epoch, index) for index in share]
 
 
+@dataclass
 class Loader:
-    """Batches of an epoch, which `workers` threads read ahead; without any the caller waits.
+    """The batches of an epoch, which `workers` threads read ahead; with 0 the caller waits.
 
     Threads are enough, as copying leaves Python's lock to others. Processes would copy each batch
     once more, through shared memory, and take three times as long.
     """
 
-    def __init__(
-        self,
-        crops: Patches,
-        schedule: Schedule,
-        workers: int,
-        pinned: bool = False,
-    ):
-        self.crops = crops
-        self.schedule = schedule
-        self.workers = workers
-        self.pinned = pinned
+    patches: Patches
+    schedule: Schedule
+    workers: int
+    pinned: bool = False
 
     def __len__(self) -> int:
         return self.schedule.steps
@@ -265,11 +257,11 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if not self.workers:
             for keys in self.schedule:
-                yield self.crops.batch(keys, self.pinned)
+                yield self.patches.batch(keys, self.pinned)
             return
 
         pool = ThreadPoolExecutor(self.workers)
-        jobs = (pool.submit(self.crops.batch, keys, self.pinned) for keys in self.schedule)
+        jobs = (pool.submit(self.patches.batch, keys, self.pinned) for keys in self.schedule)
         try:
             ahead = deque(islice(jobs, 2 * self.workers))
             while ahead:
@@ -284,8 +276,10 @@ class Loader:
 
 
 def select_modality(images: Tensor, modality: str) -> Tensor:
-    """Of images (B, 2, W, H, D) both, or one in both places (CT-only and PET-only Mirror U-Net,
-    Sec. 4.2)."""
+    """Images (B, 2, W, H, D) as they are, or with one of the two in both places.
+
+    modality: "both", or "ct" or "pet" for CT-only and PET-only Mirror U-Net (Sec. 4.2).
+    """
     if modality == "both":
         return images
     channel = 0 if modality == "ct" else 1
@@ -293,7 +287,7 @@ def select_modality(images: Tensor, modality: str) -> Tensor:
 
 
 def transform_ct(ct: Tensor, config) -> Tensor:
-    """Φ(x_C) of Eq. 1, in training only."""
+    """Φ(x_C) of Eq. 1, which is applied in training only."""
     if config.phi == "noise":
         return add_noise(ct, config.noise_sigma)
     if config.phi == "shuffle":

@@ -80,7 +80,10 @@ def autocast(device: torch.device, amp: str):
 
 
 def read_ranks() -> tuple[int, int]:
-    """The number of processes that torchrun started, and which this one is. Raises UserError."""
+    """The number of processes that torchrun started, and the rank of this one.
+
+    Raises UserError if the variables that it sets make no sense.
+    """
     values = {}
     for name, default in SINGLE_PROCESS.items():
         values[name] = os.environ.get(name, default)
@@ -153,7 +156,7 @@ class Ranks:
         """The result of `action` on rank 0, sent to every rank."""
         result = [action() if self.main else None]
         if self.world > 1:
-            dist.broadcast_object_list(result)
+            dist.broadcast_object_list(result)  # which replaces None on the other ranks
         return result[0]
 
     def wrap(self, model: Network, device: torch.device, compiled: bool) -> nn.Module:

@@ -11,7 +11,6 @@ import argparse
 import gzip
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +19,20 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from cache import Case
-from common import Parser, UserError, atomic, command_line, progress, read_json, write_json
+from common import (
+    Parser,
+    UserError,
+    atomic,
+    command_line,
+    progress,
+    read_json,
+    to_stderr,
+    write_json,
+)
 from config import Config, add_flags, flag_of, options_from_args, resolve
 from data import select_modality, with_swapped_ct
 from devices import autocast
@@ -49,6 +56,7 @@ from runs import (
     load_splits,
     save_config,
     with_organ_names,
+    write_csv,
 )
 from studies import BadStudy, Study, StudyFolder, find_studies, list_findings
 
@@ -74,19 +82,24 @@ def window_weights(patch, kind: str) -> Tensor:
     return weight.clamp_min(1e-3)  # the sums are divided by the weights, in far corners too
 
 
-def sliding_window(run: Callable, image, config, device) -> dict[str, Tensor]:
-    """Apply `run` to windows of `image` (2, W, H, D) and average its maps where they overlap.
+def sliding_window(
+    apply: Callable,
+    image: np.ndarray,
+    config: Config,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Apply a function to windows of `image` (2, W, H, D) and average its maps where they overlap.
 
-    run: windows (B, 2, w, h, d) on `device` -> maps (B, K, w, h, d) by name; without enough memory
-    it is called for some of them again. Returns the maps (K, W, H, D), float32, by name. Raises
+    apply: windows (B, 2, w, h, d) on `device` -> maps (B, K, w, h, d), float32, by name; if memory
+    runs out, it is called again for the same windows. Returns the maps (K, W, H, D) by name. Raises
     UserError if the device has no memory for a single window.
     """
     # Without enough memory the sums move to the CPU, then the windows go one by one.
     cpu = torch.device("cpu")
     attempts = [(device, config.window_batch), (cpu, config.window_batch), (cpu, 1)]
-    for sum_device, batch in dict.fromkeys(attempts):
+    for sum_device, batch in dict.fromkeys(attempts):  # equal ones once
         try:
-            return stitch_windows(run, image, config, batch, device=device, sum_device=sum_device)
+            return stitch_windows(apply, image, config, batch, device, sum_device)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
 
@@ -99,8 +112,15 @@ def window_at(corner, sides) -> tuple[slice, ...]:
     return (slice(None), *map(slice, corner, np.add(corner, sides).tolist()))
 
 
-def stitch_windows(run, image, config: Config, batch: int, *, device, sum_device):
-    """One attempt of sliding_window, with the sums on `sum_device`."""
+def stitch_windows(
+    apply: Callable,
+    image: np.ndarray,
+    config: Config,
+    batch: int,
+    device: torch.device,
+    sum_device: torch.device,
+) -> dict[str, Tensor]:
+    """One attempt of sliding_window: `batch` windows at once, the sums on `sum_device`."""
     # An image that is smaller than a window gets zeros around it, as in training.
     patch, sizes = config.patch, image.shape[1:]
     lack = np.maximum(np.subtract(patch, sizes), 0)
@@ -116,20 +136,21 @@ def stitch_windows(run, image, config: Config, batch: int, *, device, sum_device
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
         inputs = torch.stack([image[window] for window in group])
-        maps = run(inputs.to(device, torch.float32))
+        maps = apply(inputs.to(device, torch.float32))
 
         for name, values in maps.items():
             if name not in sums:
                 shape = (values.shape[1], *image.shape[1:])
                 sums[name] = torch.zeros(shape, device=sum_device)
             for window, window_map in zip(group, values, strict=True):
-                sums[name][window] += window_map.to(sum_device, torch.float32) * weight
+                sums[name][window] += window_map.to(sum_device) * weight
         for window in group:
             weight_sum[window] += weight
 
+    inside = window_at(before, sizes)  # without the zeros
     for name, total in sums.items():
         total /= weight_sum
-        sums[name] = total[window_at(before, sizes)]
+        sums[name] = total[inside]
     return sums
 
 
@@ -148,19 +169,20 @@ class Inference(NamedTuple):
     tumor: float
 
 
-def infer(model, images: np.ndarray, config, device, heads=("seg",)) -> Inference:
+def infer(loaded: LoadedRun, images: np.ndarray, heads=("seg",)) -> Inference:
     """Run a network over the images (2, W, H, D) of a preprocessed study, in windows.
 
-    model: a Network, or an Ensemble, which has the head "seg" alone. heads: the fields of
-    mirror_unet.Output to compute; no others are run.
+    loaded: its model is a Network, or an Ensemble, which has the head "seg" alone; train.State will
+    do as well. heads: the fields of mirror_unet.Output to compute; no others are run.
     """
+    model, config, device = loaded.model, loaded.config, loaded.device
     if isinstance(model, Ensemble):
-        return model.infer(images, device)
+        return model.infer(images)
 
     tumor_scores = []
 
     @torch.inference_mode()
-    def run(windows: Tensor) -> dict[str, Tensor]:
+    def run_windows(windows: Tensor) -> dict[str, Tensor]:
         windows = select_modality(windows, config.modality)
         with autocast(device, config.amp):
             output = model(windows[:, :1], windows[:, 1:], heads=tuple(heads))
@@ -178,7 +200,7 @@ def infer(model, images: np.ndarray, config, device, heads=("seg",)) -> Inferenc
 
     model.eval()
     maps = {}
-    for head, values in sliding_window(run, images, config, device).items():
+    for head, values in sliding_window(run_windows, images, config, device).items():
         maps[head] = values.cpu().numpy()
     return Inference(maps, tumor=max(tumor_scores, default=math.nan))
 
@@ -191,26 +213,28 @@ class Ensemble:
     """Trained networks that evaluation and prediction take as one; each keeps its own config.
 
     join: "logits" takes the mean of their foreground logits; for a CT-only and a PET-only network
-    it has the mask of their sum. "union" and "intersection" join the masks that each has decided.
+    the mask is that of the sum, LF-Logit of Table 3. "union" and "intersection" join the masks that
+    each has decided.
     """
 
     members: list[LoadedRun]
     join: str = "logits"
-    branches = ()
+    scored_branches = ()
 
     @property
     def variant(self) -> Variant:
         """The mask alone: an ensemble neither reconstructs nor classifies."""
-        return Variant(**self.members[0].model.variant.mask_tasks)
+        first = self.members[0].model.variant
+        return Variant(**first.mask_tasks)  # by branch, ct and pet
 
-    def infer(self, images: np.ndarray, device) -> Inference:
+    def infer(self, images: np.ndarray) -> Inference:
         """Foreground logits (K, W, H, D), or (members · K, W, H, D) if `decide` joins masks."""
-        members = (infer(m.model, images, m.config, device).maps["seg"] for m in self.members)
+        logits = (infer(member, images).maps["seg"] for member in self.members)
         if self.join == "logits":
-            seg = sum(members) / len(self.members)  # only two members' logits are held at once
+            seg = sum(logits) / len(self.members)  # only two members' logits are held at once
         else:
-            seg = np.concatenate(list(members))
-        return Inference({"seg": seg}, math.nan)
+            seg = np.concatenate(list(logits))
+        return Inference({"seg": seg}, tumor=math.nan)
 
     def decide(self, foreground: np.ndarray) -> np.ndarray:
         """Which classes are present, bool (K, W, H, D), from the logits of `infer`."""
@@ -222,7 +246,10 @@ class Ensemble:
 
 
 def class_bitmask(foreground: np.ndarray, decide: Callable) -> np.ndarray:
-    """uint8 (W, H, D) whose bit k says that `decide` finds class k present in the logits."""
+    """uint8 (W, H, D) whose bit k says that `decide` finds class k present in the logits.
+
+    For metrics, as classes may overlap; files take the label_map.
+    """
     classes = np.zeros(foreground.shape[1:], np.uint8)
     for k, present in enumerate(decide(foreground)):
         classes |= present.astype(np.uint8) << k
@@ -232,17 +259,17 @@ def class_bitmask(foreground: np.ndarray, decide: Callable) -> np.ndarray:
 def label_map(foreground: np.ndarray) -> np.ndarray:
     """uint8 labels 0, 1 .. K; where several classes are present, the highest logit wins."""
     labels = np.zeros(foreground.shape[1:], np.uint8)
-    highest = np.zeros_like(foreground[0])
+    highest = np.zeros_like(foreground[0])  # the background has the logit 0
     for label, logits in enumerate(foreground, start=1):
         labels[logits > highest] = label
         highest = np.maximum(highest, logits)
     return labels
 
 
-def find_organs(model, images: np.ndarray, meta: CaseMeta, config, device) -> np.ndarray:
+def find_organs(loaded: LoadedRun, images: np.ndarray, meta: CaseMeta) -> np.ndarray:
     """The organs (v5) of a preprocessed study, a uint8 label map on the grid of its files."""
-    branch = model.variant.organ_branch
-    inference = infer(model, images, config, device, heads=(branch,))
+    branch = loaded.model.variant.organ_branch
+    inference = infer(loaded, images, heads=(branch,))
     return labels_to_native(meta, label_map(inference.maps[branch]))
 
 
@@ -250,38 +277,38 @@ def find_organs(model, images: np.ndarray, meta: CaseMeta, config, device) -> np
 
 
 def evaluate(
-    model, cases: list[Case], config, device, native: bool = True, bar: str = ""
+    loaded: LoadedRun, cases: list[Case], native: bool = True, bar: str = ""
 ) -> list[dict]:
     """The score_case of each study; bar: the name of a progress bar, if there is to be one."""
     studies = progress(cases, bar, "study") if bar else cases
-    return [score_case(model, case, config, device, native) for case in studies]
+    return [score_case(loaded, case, native) for case in studies]
 
 
-def score_case(model, case: Case, config, device, native: bool = True) -> dict:
+def score_case(loaded: LoadedRun, case: Case, native: bool = True) -> dict:
     """The metrics of one study by the name of their column.
 
-    native: on the grid of the study's files, with further columns: of PET/CT suv4_*, the metrics of
-    the voxels with SUV >= 4; those of each of the network's branches; organ Dice; the score of T.
-    Without, as in validation, the mask's metrics on the cached grid.
+    native: on the grid of the study's files, and not only for the mask but also for single branches
+    (ct_*, pet_*), the SUV threshold of PET/CT (suv4_*), organs and T. Otherwise, as in validation,
+    for the mask on the cached grid.
     """
-    variant = model.variant
+    model, variant = loaded.model, loaded.model.variant
     heads = ["seg"]
     if native:
-        heads += model.branches
-    if native and variant.tumor:
-        heads.append("tumor")
-    inference = infer(model, case.load("images"), config, device, heads)
+        heads += model.scored_branches
+        if variant.tumor:
+            heads.append("tumor")
+    inference = infer(loaded, case.load("images"), heads)
 
-    # Every mask to score, as a bit map, by the prefix of its columns. As the classes 1 and 2 of the
-    # true mask are disjoint, their labels are the same numbers as their bits.
+    # Every mask to score, as a bit map, by the prefix of its columns. The labels 1 and 2 of the
+    # true mask are the bits of its first and second class already.
     classify = partial(class_bitmask, decide=model.decide)
     if native:
         truth = case.native_labels()
-        spacing = np.linalg.norm(np.array(case.meta.native_affine)[:3, :3], axis=0)
+        spacing = nib.affines.voxel_sizes(np.array(case.meta.native_affine))
         masks = {"": logits_to_native(case.meta, inference.maps["seg"], classify)}
-        if settings_for(config).clip:  # images with units
+        if loaded.config.kind == "petct":
             masks["suv4_"] = case.native_hot()
-        for branch in model.branches:
+        for branch in model.scored_branches:
             masks[f"{branch}_"] = logits_to_native(case.meta, inference.maps[branch], classify)
     else:
         truth, spacing = case.load("label"), case.meta.spacing
@@ -293,8 +320,9 @@ def score_case(model, case: Case, config, device, native: bool = True) -> dict:
             if not prefix or "_true_" not in name:  # the true volume is the same for all
                 row[prefix + name] = value
 
+    # A second inference, so that the logits of all organs do not lie in memory beside the mask's.
     if native and variant.organ_branch and case.organs:
-        organs = find_organs(model, case.load("images"), case.meta, config, device)
+        organs = find_organs(loaded, case.load("images"), case.meta)
         names = variant.tasks[variant.organ_branch].classes
         row |= organ_dices(organs, case.organs.native_labels(), names)
     if "tumor" in heads:
@@ -302,16 +330,16 @@ def score_case(model, case: Case, config, device, native: bool = True) -> dict:
     return row
 
 
-def tumor_threshold(model, cases: list[Case], config, device, gather=list) -> float | None:
-    """The best_threshold on T's scores of the cases, None without T.
+def tumor_threshold(loaded: LoadedRun, cases: list[Case], gather=list) -> float | None:
+    """The best_threshold on T's scores of the cases; None if the network has no T.
 
     gather: makes one list of the lists of several processes, each with its own cases.
     """
-    if not model.variant.tumor:
+    if not loaded.model.variant.tumor:
         return None
     scores = []
     for case in cases:
-        inference = infer(model, case.load("images"), config, device, heads=("seg", "tumor"))
+        inference = infer(loaded, case.load("images"), heads=("tumor",))
         scores.append((inference.tumor, case.has_lesion))
     return best_threshold(gather(scores))
 
@@ -320,18 +348,19 @@ def best_threshold(scores: list[tuple[float, bool]]) -> float:
     """The threshold on T's study score with the best balanced accuracy.
 
     scores: of each study, and whether it has a lesion. The threshold is 1/2 or the middle between
-    two neighbouring scores, of equally good ones that nearest to 1/2; 1/2 unless there are studies
-    of both kinds.
+    two neighbouring scores; of equally good ones it is that nearest to 1/2. It is 1/2 if all
+    studies have a lesion, or none.
     """
-    values = np.array([score for score, _ in scores])
-    has_lesion = np.array([lesion for _, lesion in scores], bool)
+    values, has_lesion = np.reshape(scores, (-1, 2)).T
+    has_lesion = has_lesion > 0
     if has_lesion.all() or not has_lesion.any():
         return 0.5
 
     def quality(threshold: float) -> tuple[float, float]:
         called = values > threshold
-        balanced_accuracy = called[has_lesion].mean() + (~called)[~has_lesion].mean()
-        return balanced_accuracy, -abs(threshold - 0.5)
+        sensitivity = called[has_lesion].mean()
+        specificity = (~called)[~has_lesion].mean()
+        return sensitivity + specificity, -abs(threshold - 0.5)
 
     ordered = np.unique(values)
     middles = (ordered[:-1] + ordered[1:]) / 2
@@ -339,17 +368,19 @@ def best_threshold(scores: list[tuple[float, bool]]) -> float:
 
 
 def add_tumor_calls(rows: list[dict], threshold: float | None) -> None:
-    """Add to each study with a score whether T calls a lesion at this threshold, 0 or 1."""
+    """Add to each study that has a score of T whether it is above the threshold, 0 or 1."""
+    if threshold is None:
+        return
     for row in rows:
-        if threshold is not None and "tumor_score" in row:
+        if "tumor_score" in row:
             row["tumor_called"] = float(row["tumor_score"] > threshold)
 
 
 def summarize_validation(rows: list[dict]) -> dict[str, float]:
     """What metrics.csv holds of the validation studies; NaN where there are none.
 
-    val_dice: the mean over the studies with a lesion, and over classes. val_fpv_healthy_ml: the
-    mean FPV of the studies without a lesion (PET/CT).
+    val_dice: the mean over the studies with a lesion and, for brain tumours, over whole, edema and
+    core. val_fpv_healthy_ml: the mean FPV of the studies without a lesion (PET/CT).
     """
     dices, volumes = [], []
     for row in rows:
@@ -365,13 +396,12 @@ def summarize_validation(rows: list[dict]) -> dict[str, float]:
 
 
 def write_results(folder: Path, part: str, rows: list[dict], facts: dict) -> dict[str, dict]:
-    """Write <part>_studies.csv and a summary, and return the means by whose mask they are of.
+    """Write <part>_studies.csv and a summary; returns what summarize_studies makes of the rows.
 
     The summary is summary.json for the test part, <part>_summary.json for others; it holds `facts`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / f"{part}_studies.csv") as file:
-        file.write(pd.DataFrame(rows).to_csv(index=False).encode())
+    write_csv(folder / f"{part}_studies.csv", rows)
 
     means = summarize_studies(rows)
     rule = empty_mask_rule(means["model"])
@@ -417,7 +447,11 @@ def find_unlabelled(folder: Path, config) -> StudyFolder:
 
 
 def predict(
-    run: LoadedRun, folder: Path, out: Path, overwrite: bool = False, organs_out: Path | None = None
+    loaded: LoadedRun,
+    folder: Path,
+    out: Path,
+    overwrite: bool = False,
+    organs_out: Path | None = None,
 ) -> list[Path]:
     """Write the mask of every study below `folder` to `out`/<study>.nii.gz; returns the paths.
 
@@ -426,7 +460,7 @@ def predict(
     studies of another kind than the run's, for masks that exist (unless overwrite) and, after all
     studies, for bad ones (unless config.skip_bad).
     """
-    model, config = run.model, run.config
+    model, config = loaded.model, loaded.config
     if config.ct != "own":
         raise UserError("--predict: a run with --ct other is a control. Choose one without.")
     if organs_out and not model.variant.organ_branch:
@@ -454,13 +488,13 @@ def predict(
         for warning in meta.facts["warnings"]:
             to_stderr(warning)
 
-        inference = infer(model, arrays["images"], config, run.device)
+        inference = infer(loaded, arrays["images"])
         mask = logits_to_native(meta, inference.maps["seg"], label_map)
         path = out / mask_name(study)
         write_mask(path, mask, study.pet.path)
         written.append(path)
         if organs_out:
-            organs = find_organs(model, arrays["images"], meta, config, run.device)
+            organs = find_organs(loaded, arrays["images"], meta)
             write_mask(organs_out / path.name, organs, study.pet.path)
 
     if organs_out and written:
@@ -492,60 +526,73 @@ EVAL_OPTIONS = (
     "lesion_labels",
     "organs",
 )
-# What a run was told about its own data does not hold for other data.
+# What replaces the options of a run that describe its own data when it is given other data.
 OTHER_DATA = {"channels": (), "lesion_labels": (), "organs": None}
 # The options that the runs of an ensemble have in common, and those of a late fusion.
 ENSEMBLE_ALIKE = ("kind", "spacing", "ct")
 LATE_FUSION_ALIKE = (*ENSEMBLE_ALIKE, "patch", "modality", "overlap", "window_weights")
 
 
-def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def unlike(run: Path, first: Path, name: str) -> UserError:
-    return UserError(f"{run}: differs from {first} in {name}. Choose runs that agree.")
+def refuse_unlike(runs: list[Path], name: str, values: list) -> None:
+    """Raises UserError if the runs differ in the values that they have of something."""
+    for run, value in zip(runs, values, strict=True):
+        if value != values[0]:
+            raise UserError(f"{run}: differs from {runs[0]} in {name}. Choose runs that agree.")
 
 
 def open_model(
     runs: list[Path], checkpoint: str, given: dict, join: str | None = None
 ) -> LoadedRun:
-    """As runs.load_run, of one run or of several as an Ensemble, with the config of the first.
+    """A run as load_run opens it, or several as an Ensemble with the config of the first.
 
-    join: one of LATE_FUSIONS, of a run of `ct` and one of `pet`; without it, several runs are
+    join: one of LATE_FUSIONS, for a run of `ct` and one of `pet`; without it several runs are
     averaged. Raises UserError if the runs cannot be joined.
     """
-    opened = [load_run(run, checkpoint, given) for run in runs]
-    if len(opened) == 1:
-        return opened[0]
+    members = [load_run(run, checkpoint, given) for run in runs]
+    if len(members) == 1:
+        return members[0]
 
-    versions = [member.config.version for member in opened]
+    versions = [member.config.version for member in members]
     if join and versions != ["ct", "pet"]:
         order = " and ".join(versions)
         raise UserError(f"--late-fusion takes a run of `ct`, then one of `pet`, not {order}.")
-    first = opened[0]
-    for run, member in zip(runs, opened, strict=True):
-        for name in LATE_FUSION_ALIKE if join else ENSEMBLE_ALIKE:
-            if getattr(member.config, name) != getattr(first.config, name):
-                raise unlike(run, runs[0], name)
-        if member.model.variant.classes != first.model.variant.classes:
-            raise unlike(run, runs[0], "classes")
-    return first._replace(model=Ensemble(opened, join or "logits"))
+
+    alike = LATE_FUSION_ALIKE if join else ENSEMBLE_ALIKE
+    for name in alike:
+        refuse_unlike(runs, name, [getattr(member.config, name) for member in members])
+    refuse_unlike(runs, "classes", [member.model.variant.classes for member in members])
+    return members[0]._replace(model=Ensemble(members, join or "logits"))
+
+
+def load_part(run: Path, part: str | None, given: dict, config: Config) -> tuple[str, list[Case]]:
+    """The name of the part of a run's splits to evaluate, and its studies, with CT as in --ct.
+
+    config: the run's, as load_run returns it. Raises UserError, also for studies or organ maps of
+    another kind.
+    """
+    # As in train(); what the run has settled stays as it is.
+    data = find_data(config, to_stderr)
+    config = resolve(config, data.kind)
+    cases = load_cases(data, config, to_stderr)
+    config = with_organ_names(config, cases, to_stderr)
+
+    part, cases = choose_cases(run, part, given, cases)
+    return part, with_swapped_ct(cases, config.ct)
 
 
 def choose_cases(
     run: Path, part: str | None, given: dict, cases: list[Case]
 ) -> tuple[str, list[Case]]:
-    """The part to evaluate and its studies.
+    """The name of the part of a run's splits to evaluate, and its studies.
 
-    The part is one of the run's own splits, "test" by default, or "all" of another --data. Raises
-    UserError if it is empty or if a study of it is missing.
+    part: None is "test", but "all" for another --data of which the run knows no study. Raises
+    UserError if the part is empty or if a study of it is missing.
     """
     splits = load_splits(run)
     names = {case.name for case in cases}
     if part is None:
-        knows_data = not names.isdisjoint(itertools.chain(*splits.values()))
-        part = "test" if knows_data or "data" not in given else "all"
+        knows_some = not names.isdisjoint(itertools.chain(*splits.values()))
+        part = "test" if knows_some or "data" not in given else "all"
 
     chosen = names if part == "all" else set(splits[part])
     if not chosen:
@@ -573,21 +620,15 @@ def evaluate_runs(runs: list[Path], args: argparse.Namespace, given: dict) -> Ev
     The studies are a part of the first run's splits, or all of another --data.
     """
     run = runs[0]
-    model, config, device, checkpoint = open_model(runs, args.checkpoint, given, args.late_fusion)
+    loaded = open_model(runs, args.checkpoint, given, args.late_fusion)
     splits = [load_splits(each) for each in runs]
-    # With other splits a run may have trained on the test studies of the first one.
+    # With other splits a run may have trained on the test studies of the first one. An ensemble can
+    # also be tested on --data of its own, and is told below what it has seen of them.
     if args.late_fusion or (args.ensemble and "data" not in given):
-        for other, parts in zip(runs, splits, strict=True):
-            if parts != splits[0]:
-                raise unlike(other, run, "splits")
+        refuse_unlike(runs, "splits", splits)
     folder = results_folder(run, args)
 
-    data = find_data(config, to_stderr)
-    config = resolve(config, data.kind, simulated=config.data is None)
-    cases = load_cases(data, config, to_stderr)
-    config = with_organ_names(config, cases, data, to_stderr)
-
-    part, cases = choose_cases(run, args.part, given, cases)
+    part, cases = load_part(run, args.part, given, loaded.config)
     names = {case.name for case in cases}
     for each, parts in zip(runs, splits, strict=True):
         seen = names.intersection(parts["train"] + parts["val"])
@@ -595,23 +636,22 @@ def evaluate_runs(runs: list[Path], args: argparse.Namespace, given: dict) -> Ev
             count = f"{len(seen)} of these {len(names)} studies"
             to_stderr(f"{each}: {count} trained or selected it")
 
-    cases = with_swapped_ct(cases, config.ct)
-    rows = evaluate(model, cases, config, device, bar=f"{folder.name} {part}")
+    rows = evaluate(loaded, cases, bar=f"{folder.name} {part}")
     if (run / "summary.json").exists():
         summary = read_json(run / "summary.json", parse=dict)
         add_tumor_calls(rows, summary.get("tumor_threshold"))
     facts = {
         "run": str(run),
         "checkpoint": args.checkpoint,
-        "checkpoint_epoch": checkpoint["epoch"],
-        "val_dice": checkpoint["val_dice"],
-        "data": config.data,
+        "checkpoint_epoch": loaded.checkpoint["epoch"],
+        "val_dice": loaded.checkpoint["val_dice"],
+        "data": loaded.config.data,
     }
     systems = write_results(folder, part, rows, facts)
 
     if args.late_fusion:  # the folder is a row of the paper's Table 3, as that of a run is
-        sources = list(map(str, runs))
-        save_config(folder, config, device.type, late_fusion=args.late_fusion, runs=sources)
+        record = {"late_fusion": args.late_fusion, "runs": list(map(str, runs))}
+        save_config(folder, loaded.config, loaded.device.type, **record)
         write_json(folder / "splits.json", splits[0])
     joined = args.late_fusion or args.ensemble
     return Evaluation(str(folder if joined else run), names, systems)
@@ -642,11 +682,17 @@ def parse_eval(argv: list[str] | None) -> argparse.Namespace:
     add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a trained run")
     actions = parser.add_mutually_exclusive_group().add_argument
     actions("--late-fusion", choices=LATE_FUSIONS, help="join a run of ct and one of pet (Table 3)")
-    ensemble = "score the mean of the runs' logits; --predict of several runs takes it too"
-    actions("--ensemble", action="store_true", help=ensemble)
+    actions(
+        "--ensemble",
+        action="store_true",
+        help="score the mean of the runs' logits; --predict of several runs takes it too",
+    )
     actions("--predict", type=Path, metavar="DIR", help="predict the studies in DIR, unlabelled")
-    part = "part of the run's splits [test; all for studies it has not seen]"
-    add("--part", choices=("train", "val", "test", "all"), help=part)
+    add(
+        "--part",
+        choices=("train", "val", "test", "all"),
+        help="part of the run's splits [test; all for studies it has not seen]",
+    )
     add("--checkpoint", default="best", choices=("best", "last"))
     add("--organs-out", type=Path, metavar="DIR", help="folder of the organ maps of --predict (v5)")
     add("--overwrite", action="store_true", help="replace the masks of --predict in --out")
@@ -688,8 +734,8 @@ def eval_command(argv: list[str] | None = None) -> None:
     if args.predict or "data" in given:
         given = OTHER_DATA | given
     if args.predict:
-        run = open_model(args.runs, args.checkpoint, given)
-        for path in predict(run, args.predict, args.out, args.overwrite, args.organs_out):
+        loaded = open_model(args.runs, args.checkpoint, given)
+        for path in predict(loaded, args.predict, args.out, args.overwrite, args.organs_out):
             print(path)
         return
 
@@ -699,12 +745,13 @@ def eval_command(argv: list[str] | None = None) -> None:
 
 
 def print_results(evaluations: list[Evaluation]) -> None:
+    """Print a table with a column for each system of each evaluation."""
     systems = {}
     for evaluation in evaluations:
         systems |= systems_of_run(evaluation.name, evaluation.systems)
 
-    # The threshold needs no run: on the same studies one column, the last, is right for all of
-    # them. On different studies it has no one value; each summary.json has its own.
+    # The SUV threshold is the same for all runs on the same studies: one column, the last. On
+    # different studies it has no one value; each summary.json has its own.
     threshold = systems.pop(THRESHOLD_NAME, None)
     same_studies = all(e.studies == evaluations[0].studies for e in evaluations)
     if threshold and same_studies:

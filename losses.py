@@ -1,10 +1,12 @@
 """The losses of Mirror U-Net: Eq. 1-4 of the paper and the brain tumour tasks of the supplement.
 
 Each equation is one function that returns its weighted terms by name; their sum is the loss.
-`batch` holds a step's targets by name: ct, pet (B, 1, W, H, D) untransformed; mask (B, W, H, D)
-integer; tumor (B,) float, 1 where the crop (or, with --class-label volume, the study) has a lesion;
-organs (B, W, H, D) integer, UNKNOWN_ORGANS throughout a crop of a study without a map.
-`w` holds the weights: w.lambda_rec, _seg, _cls, _org, and w.rec, "l2" or "mse".
+`batch` holds the targets of a step by name:
+    ct, pet    (B, 1, W, H, D), untransformed
+    mask       (B, W, H, D), integer
+    tumor      (B,) float, 1 where the crop (or, with --class-label volume, the study) has a lesion
+    organs     (B, W, H, D), integer; UNKNOWN_ORGANS throughout a crop of a study without a map
+`w`, a config.Config, holds the weights lambda_rec, _seg, _cls and _org, and rec, "l2" or "mse".
 """
 
 import torch
@@ -39,8 +41,8 @@ def dice_ce(y: Tensor, logits: Tensor, smooth: float = 1e-5) -> Tensor:
 def reconstruction(x: Tensor, x_hat: Tensor, rec: str = "l2") -> Tensor:
     """The reconstruction term of Eq. 1 and 2 for x and x_hat (B, 1, W, H, D).
 
-    "l2": ||x - x_hat||_2 of each sample, averaged over the batch. "mse": the released code's mean
-    squared error, at equal λ several hundred times weaker on the shared layers at 96^3.
+    rec: "l2" is ||x - x_hat||_2 of each sample, averaged over the batch. "mse" is the released
+    code's mean squared error, at equal λ several hundred times weaker on the shared layers at 96^3.
     """
     difference = x.float() - x_hat.float()
     if rec == "mse":
@@ -59,9 +61,11 @@ def loss_v1(out: Output, batch: dict, w) -> Terms:
 
     For v2-rec of the supplement x_C is FLAIR and y has the classes edema and core.
     """
+    rec_ct = reconstruction(batch["ct"], out.ct, w.rec)
+    seg = dice_ce(batch["mask"], out.seg)
     return {
-        "rec_ct": w.lambda_rec * reconstruction(batch["ct"], out.ct, w.rec),
-        "seg": w.lambda_seg * dice_ce(batch["mask"], out.seg),
+        "rec_ct": w.lambda_rec * rec_ct,
+        "seg": w.lambda_seg * seg,
     }
 
 
@@ -71,7 +75,8 @@ def loss_v2(out: Output, batch: dict, w) -> Terms:
     As in the released code E_C has seen Φ(x_C), where Eq. 2 prints x_C: one pass serves both terms.
     """
     terms = loss_v1(out, batch, w)
-    terms["rec_pet"] = w.lambda_rec * reconstruction(batch["pet"], out.btl, w.rec)
+    rec_pet = reconstruction(batch["pet"], out.btl, w.rec)
+    terms["rec_pet"] = w.lambda_rec * rec_pet
     return terms
 
 
@@ -91,9 +96,11 @@ def loss_mri_v1(out: Output, batch: dict, w) -> Terms:
     """Supplement, Fig. 2 (v1): λ_seg DiceCE of edema on FLAIR and of core on T1Gd."""
     edema = batch["mask"] == 1
     core = batch["mask"] == 2
+    seg_edema = dice_ce(edema, out.ct)
+    seg_core = dice_ce(core, out.pet)
     return {
-        "seg_edema": w.lambda_seg * dice_ce(edema, out.ct),
-        "seg_core": w.lambda_seg * dice_ce(core, out.pet),
+        "seg_edema": w.lambda_seg * seg_edema,
+        "seg_core": w.lambda_seg * seg_core,
     }
 
 
@@ -108,16 +115,18 @@ def loss_mri_v2(out: Output, batch: dict, w) -> Terms:
 def loss_v5(out: Output, batch: dict, w) -> Terms:
     """Not the paper's: Eq. 3 with λ_org L_DiceCE(o, D_C(E_C(x_C))) in place of CT's reconstruction.
 
-    The term runs over the crops of the studies whose organs o are known.
+    The organ term runs over the crops of those studies whose organs o are known.
     """
     known = batch["organs"][:, 0, 0, 0] != UNKNOWN_ORGANS  # (B,)
     organs = 0 * out.ct.float().sum()  # a batch without a map teaches no organ
     if known.any():
         organs = dice_ce(batch["organs"][known], out.ct[known])
+    seg = dice_ce(batch["mask"], out.seg)
+    rec_pet = reconstruction(batch["pet"], out.btl, w.rec)
     return {
         "organs": w.lambda_org * organs,
-        "seg": w.lambda_seg * dice_ce(batch["mask"], out.seg),
-        "rec_pet": w.lambda_rec * reconstruction(batch["pet"], out.btl, w.rec),
+        "seg": w.lambda_seg * seg,
+        "rec_pet": w.lambda_rec * rec_pet,
         "cls": w.lambda_cls * tumor_bce(out, batch),
     }
 
@@ -139,7 +148,7 @@ LOSSES = {
 
 
 def gradient_norms(terms: Terms, shared: list[nn.Parameter]) -> dict[str, float]:
-    """L2 norm of each term's gradient on the shared layers: which task shapes them, and how much.
+    """L2 norm of each term's gradient on the shared layers: how much each task shapes them.
 
     Keeps the graph for the backward pass that follows. Empty if nothing is shared (L = {}).
     """
@@ -147,10 +156,8 @@ def gradient_norms(terms: Terms, shared: list[nn.Parameter]) -> dict[str, float]
         return {}
     norms = {}
     for name, term in terms.items():
-        gradients = torch.autograd.grad(term, shared, retain_graph=True, allow_unused=True)
-        squared_sums = [g.float().square().sum() for g in gradients if g is not None]
-        if squared_sums:
-            norms[name] = float(torch.stack(squared_sums).sum().sqrt())
-        else:
-            norms[name] = 0.0
+        # materialize_grads: a parameter that the term does not reach has the gradient 0.
+        gradients = torch.autograd.grad(term, shared, retain_graph=True, materialize_grads=True)
+        squared_sums = [gradient.float().square().sum() for gradient in gradients]
+        norms[name] = float(torch.stack(squared_sums).sum().sqrt())
     return norms

@@ -90,16 +90,12 @@ def lesion_detection(lesions: ComponentOverlap, predicted: ComponentOverlap) -> 
 
     A lesion is found if it shares a voxel with the prediction. F1 is NaN if both masks are empty.
     """
-    errors = lesions.apart + predicted.apart
-    f1 = math.nan
-    if lesions.touching + errors:
-        f1 = 2 * lesions.touching / (2 * lesions.touching + errors)
-
+    total = 2 * lesions.touching + lesions.apart + predicted.apart
     return {
         "lesions_found": lesions.touching,
         "lesions_missed": lesions.apart,
         "lesions_false": predicted.apart,
-        "lesion_f1": f1,
+        "lesion_f1": 2 * lesions.touching / total if total else math.nan,
     }
 
 
@@ -124,10 +120,10 @@ def score_study(
     One class has the metrics of the challenge, several have the Dice and the volumes of each.
     """
     pred_masks, true_masks = named_masks(pred, names), named_masks(truth, names)
-    voxel_ml = np.prod(spacing) / 1000
     if len(names) == 1:
         return score_lesions(pred_masks[names[0]], true_masks[names[0]], spacing)
 
+    voxel_ml = np.prod(spacing) / 1000
     scores = {}
     for name, mask in pred_masks.items():
         scores[f"dice_{name}"] = dice(mask, true_masks[name])
@@ -182,7 +178,10 @@ MASK_SOURCES = {"model": "", "CT branch": "ct_", "PET branch": "pet_", THRESHOLD
 
 
 def mean_and_interval(values: pd.Series, studies: pd.DataFrame) -> dict:
-    """low and high, if there are several patients, are the ends of the 95 % interval."""
+    """The mean of n values, their standard deviation, and low and high, its 95 % interval.
+
+    Without values the mean is None; of a single patient there is no interval.
+    """
     count = len(values)
     result = {
         "mean": float(values.mean()) if count else None,
@@ -196,6 +195,7 @@ def mean_and_interval(values: pd.Series, studies: pd.DataFrame) -> dict:
 
 
 def accuracy(scores: pd.Series, studies: pd.DataFrame) -> dict:
+    """The share of studies that a score above 1/2 calls rightly: with a lesion, or without."""
     return {"mean": float(((scores > 0.5) == studies["has_lesion"]).mean()), "n": len(scores)}
 
 
@@ -203,10 +203,8 @@ def roc_auc(scores: pd.Series, studies: pd.DataFrame) -> dict:
     """The area under the ROC curve; None if all studies, or none, have a lesion."""
     positive = scores[studies["has_lesion"]]
     negative = scores[~studies["has_lesion"]]
-    area = None
-    if len(positive) and len(negative):
-        pairs = len(positive) * len(negative)
-        area = float(stats.mannwhitneyu(positive, negative)[0] / pairs)
+    pairs = len(positive) * len(negative)
+    area = float(stats.mannwhitneyu(positive, negative).statistic / pairs) if pairs else None
     return {"mean": area, "n": len(scores)}
 
 
@@ -306,23 +304,21 @@ def empty_mask_rule(names) -> str:
 def align_columns(rows: list[list[str]], markdown: bool = False) -> str:
     """Rows of text, the heading first, as a table: the first column left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    dashes = ["-" * (width - 1) + ":" for width in widths]
+    dashes[0] = "-" * widths[0]
+
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        for text, width in zip(row[1:], widths[1:], strict=True):
-            cells.append(text.rjust(width))
+        cells = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
         lines.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
-
     if markdown:
-        dashes = ["-" * widths[0]]
-        for width in widths[1:]:
-            dashes.append("-" * (width - 1) + ":")
         lines.insert(1, f"| {' | '.join(dashes)} |")
     return "\n".join(lines)
 
 
 def format_mean(value: dict) -> str:
-    """A mean as the table shows it, with its 95 % interval and (n); a dash without one."""
+    """A mean as the table shows it, with its 95 % interval and (n); a dash if there is none."""
     if value.get("mean") is None:
         return "-"
     spread = f" [{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else ""
@@ -331,18 +327,17 @@ def format_mean(value: dict) -> str:
 
 def results_table(systems: dict[str, dict]) -> str:
     """A column per system and a row per metric, and below the rule for empty masks."""
-    names = list(dict.fromkeys(itertools.chain(*systems.values())))
+    names = list(itertools.chain(*systems.values()))
     rows = [["", *systems]]
     for name, metric in metrics_by_name(names).items():
         if name in names:
-            cells = [format_mean(means.get(name, {})) for means in systems.values()]
-            rows.append([metric.title, *cells])
+            cells = [metric.title]
+            for means in systems.values():
+                cells.append(format_mean(means.get(name, {})))
+            rows.append(cells)
     return f"{align_columns(rows)}\n{empty_mask_rule(names)}"
 
 
 def systems_of_run(name: str, summary: dict) -> dict[str, dict]:
     """The summary of a run as columns of results_table: its name stands in place of "model"."""
-    systems = {}
-    for source, means in summary.items():
-        systems[source.replace("model", name)] = means
-    return systems
+    return {source.replace("model", name): means for source, means in summary.items()}

@@ -1,9 +1,12 @@
 """Mirror U-Net (Sec. 3): two residual 3D U-Nets, one per modality, joined at the shared layers L.
 
-Tensors are (B, C, W, H, D): batch, channels, voxel axes in array order. A branch is the list of
-layers 1-8 of Fig. 3 and an output layer of its own, here with number 9. Layers 1-4 halve the size,
-layers 6-9 double it. The arrows are skips, which carry a map of the encoder to the decoder, where
-it is concatenated with what comes from below:
+Tensors are (B, C, W, H, D): batch, channels, voxel axes in array order. "ct" and "pet" name a slot:
+its image, its branch, its task and its output. For brain tumour MRI the CT slot holds FLAIR, the
+PET slot T1Gd.
+
+A branch is the list of layers 1-8 of Fig. 3 and an output layer of its own, here with number 9.
+Layers 1-4 halve the size, layers 6-9 double it. The arrows are skips, which carry a map of the
+encoder to the decoder, where it is concatenated with what comes from below:
 
     layer 1: 1 -> 16    ------------------------------> layer 9: 16+16 -> task
       layer 2: 16 -> 32    -----------------------> layer 8: 32+32 -> 16
@@ -11,7 +14,7 @@ it is concatenated with what comes from below:
           layer 4: 64 -> 128    --------> layer 6: 128+256 -> 64
                   layer 5, the bottom: 128 -> 256
 
-The sides of a patch must divide by 16.
+The sides of a patch must be multiples of 16.
 """
 
 import copy
@@ -27,16 +30,16 @@ DEFAULT_THETA = 0.2  # weight of the CT branch in Eq. 4
 BOTTLENECKS = ("own", "joint")
 NORMS = ("shared", "private")
 CLASSIFIERS = ("both", "pet")
-UNIONS = {"whole": ("edema", "core")}  # classes that are made of others (Sec. 3.3)
+UNIONS = {"whole": ("edema", "core")}  # a class that is others together (Sec. 3.3)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one decoder learns: the classes of a label map or, without any, to restore an image.
+    """What one decoder learns: to segment classes or, if there are none, to reconstruct an image.
 
-    target: its name in a batch: "ct" and "pet" are images, "mask" and "organs" label maps.
-    classes: classes of its softmax without the background; a name of UNIONS stands for its parts.
-    title: what tables and pictures call its output.
+    target: its name in a batch. "ct" and "pet" are images, "mask" and "organs" label maps.
+    classes: classes of its softmax, without the background; "whole" is edema and core together.
+    title: what pictures call its output.
     """
 
     target: str
@@ -60,7 +63,7 @@ ORGANS = Task("organs", ("organ",), "organs")  # find_variant puts in the classe
 
 @dataclass(frozen=True)
 class Variant:
-    """Which task sits where (Fig. 2). For MRI the CT slot holds FLAIR, the PET slot T1Gd.
+    """Which task sits where (Fig. 2).
 
     The branches whose target is "mask" make the final mask. A single one is the mask; two with
     the same classes are summed with θ (Eq. 4); two with different classes decide independently.
@@ -70,7 +73,7 @@ class Variant:
     pet: Task | None = None  # task of the PET branch
     btl: Task | None = None  # task of the bottleneck decoder
     tumor: bool = False  # whether the classifier T sits on the bottleneck
-    phi: str = "none"  # the usual Φ of Φ(x_C), which the CT branch is given in training
+    phi: str = "none"  # the default of --phi: Φ of Φ(x_C), which the CT branch sees in training
 
     @property
     def tasks(self) -> dict[str, Task]:
@@ -81,8 +84,11 @@ class Variant:
     @property
     def mask_tasks(self) -> dict[str, Task]:
         """The tasks of the branches that make the final mask, CT before PET."""
-        branches = {"ct": self.ct, "pet": self.pet}
-        return {name: task for name, task in branches.items() if task and task.target == "mask"}
+        mask_tasks = {}
+        for name, task in self.tasks.items():
+            if name != "btl" and task.target == "mask":
+                mask_tasks[name] = task
+        return mask_tasks
 
     @property
     def takes_phi(self) -> bool:
@@ -91,7 +97,7 @@ class Variant:
 
     @property
     def fused(self) -> bool:
-        """Whether both branches segment the same classes, so that Eq. 4 sums their logits."""
+        """Whether both branches segment the same classes and their logits are averaged (Eq. 4)."""
         return len(self.mask_tasks) == 2 and self.ct == self.pet
 
     @property
@@ -101,7 +107,7 @@ class Variant:
 
     @property
     def organ_branch(self) -> str | None:
-        """The branch that segments organs."""
+        """The name of the branch that segments organs, None if there is none."""
         for name, task in self.tasks.items():
             if task.target == "organs":
                 return name
@@ -129,21 +135,21 @@ VARIANTS = {
         "v4": Variant(ct=LESION, pet=LESION),
         "v5": Variant(ct=ORGANS, pet=LESION, btl=PET, tumor=True),  # not the paper's
     },
-    "mri": {  # Sec. 3.3, Fig. 2 of the supplement
+    "mri": {  # Sec. 3.3, Fig. 2 of the supplement; ct and CT are FLAIR, pet and PET are T1Gd
         "v1": Variant(ct=EDEMA, pet=CORE),
         "v2": Variant(ct=EDEMA, pet=CORE, btl=WHOLE),
         "v2-rec": Variant(ct=CT, pet=EDEMA_CORE, btl=PET, phi="shuffle"),
     },
 }
-MASKS = {"petct": LESION, "mri": EDEMA_CORE}  # the mask from one softmax (baselines.py)
+MASK_TASK = {"petct": LESION, "mri": EDEMA_CORE}  # of a compared system, with one softmax
 DATA_NAMES = {"petct": "PET/CT", "mri": "brain tumour MRI"}
 IMAGE_NAMES = {"petct": ("CT", "PET"), "mri": ("FLAIR", "T1Gd")}  # in the CT and the PET slot
 
 
 def find_variant(kind: str, version: str, organs: tuple[str, ...] = ()) -> Variant:
-    """The variant of a version for a kind of data, with the names of its organs put in.
+    """The row of VARIANTS for a kind of data and a version.
 
-    organs: names of the organs in the data's maps; they replace the classes of an organ branch.
+    organs: names of the organs in the data's maps; they become the classes of an organ branch.
     Raises ValueError with the versions that this kind of data has.
     """
     variants = VARIANTS.get(kind, {})
@@ -154,13 +160,13 @@ def find_variant(kind: str, version: str, organs: tuple[str, ...] = ()) -> Varia
 
     variant = variants[version]
     if organs and variant.organ_branch:
-        named_task = replace(ORGANS, classes=organs)
-        variant = replace(variant, **{variant.organ_branch: named_task})
+        task = replace(ORGANS, classes=organs)
+        variant = replace(variant, **{variant.organ_branch: task})
     return variant
 
 
 class Output(NamedTuple):
-    """What a network returns; what it lacks, or was not asked for, is None.
+    """What a network returns. A field that it lacks, or was not asked for, is None.
 
     seg: logits of the final mask. PET/CT (B, 2, W, H, D): background, lesion. MRI (B, 3, W, H, D):
         background, edema, core; in v1 and v2 these are 0 and each branch's foreground minus
@@ -178,44 +184,49 @@ class Output(NamedTuple):
     extra: dict | None = None
 
 
+Heads = tuple[str, ...] | None  # the fields of Output to compute; None: all that there are
+
+
 class Network(nn.Module):
     """What training and evaluation ask of MirrorUNet and of the systems in baselines.py."""
 
     variant: Variant
     heads: tuple[str, ...]  # the fields of Output that it fills
-    stride = STRIDE  # the sides of a patch divide by this
-    min_side = STRIDE  # and are no smaller than this
-    # torch 2.13 leaves the weight gradient of a bf16 conv3d over 2x2x2 maps unset on the CPU
+    stride = STRIDE  # the sides of a patch are multiples of it
+    min_side = STRIDE  # the smallest side of a patch
+    # On the CPU torch 2.13 leaves the weight gradient of a bf16 conv3d over 2x2x2 maps unset, so
+    # there the bottom must be 3x3x3.
     bf16_min_side = 3 * STRIDE
-    one_branch_per_step = False  # a training step runs a part of the weights only
-    branches: tuple[str, ...] = ()  # outputs that are evaluated beside the mask
+    one_branch_per_step = False  # a training step leaves one branch out (Valindria)
+    scored_branches: tuple[str, ...] = ()  # outputs that are evaluated beside the mask
 
     def __init__(self):
         super().__init__()
         self.register_parameter("theta", None)  # MirrorUNet has one
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the lists of layers `ct` and `pet` both hold, each once (Sec. 3.2)."""
-        ct = getattr(self, "ct", None)
-        pet = getattr(self, "pet", None)
-        if ct is None or pet is None:
+        """Parameters that the branches `ct` and `pet` both hold, each once (Sec. 3.2).
+
+        Empty for a network that does not have these two branches.
+        """
+        if not hasattr(self, "ct") or not hasattr(self, "pet"):
             return []
-        held_by_ct = {id(p) for p in ct.parameters()}
-        return [p for p in pet.parameters() if id(p) in held_by_ct]
+        held_by_ct = {id(p) for p in self.ct.parameters()}
+        return [p for p in self.pet.parameters() if id(p) in held_by_ct]
 
     def step_options(self, number: int) -> dict:
-        """What a training step passes to forward; number: random, the same on all devices."""
+        """Further arguments of forward in a training step.
+
+        number: a random one, equal on all devices.
+        """
         return {}
 
     def decide(self, foreground):
-        """Which classes are present: booleans (K, W, H, D) from foreground logits (K, W, H, D)."""
+        """Which classes of this network's mask are present; see the function decide()."""
         return decide(foreground, self.variant)
 
-    def check_inputs(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None) -> set[str]:
-        """The fields of Output to compute: `heads`, or all if it is None.
-
-        Raises ValueError for patches that do not fit, or heads that the network lacks.
-        """
+    def check_inputs(self, ct: Tensor, pet: Tensor, heads: Heads) -> None:
+        """Raises ValueError for patches that do not fit, or heads that the network lacks."""
         sides = ct.shape[2:]
         fits = (
             ct.shape == pet.shape
@@ -225,19 +236,15 @@ class Network(nn.Module):
             and not any(side % self.stride for side in sides)
         )
         if not fits:
-            limit = f"divide by {self.stride}"
-            if self.min_side > self.stride:
-                limit += f" and are at least {self.min_side}"
             raise ValueError(
                 f"CT {tuple(ct.shape)} and PET {tuple(pet.shape)}: give both the same shape, "
-                f"(B, 1, W, H, D) with sides that {limit}"
+                f"(B, 1, W, H, D) with sides that divide by {self.stride} and are at least "
+                f"{self.min_side}"
             )
 
-        wanted = set(self.heads if heads is None else heads)
-        absent = wanted - set(self.heads)
+        absent = set(heads or ()) - set(self.heads)
         if absent:
             raise ValueError(f"heads {sorted(absent)}: this version has {', '.join(self.heads)}")
-        return wanted
 
 
 # ------------------------------------------------------------------ layers
@@ -355,38 +362,39 @@ class Classifier(nn.Sequential):
 
 SKIPS = {6: 4, 7: 3, 8: 2, 9: 1}  # decoder layer: encoder layer whose map it is given too
 
-Branches = dict[str, nn.ModuleList]  # layers 1-9 by the name of the branch
-Features = dict[str, Tensor]  # one map by the name of the branch
+Branches = dict[str, nn.ModuleList]  # layers 1-9 of each branch, by its name
+Maps = dict[str, Tensor]  # one map of each branch, by its name
 
 
-def run_layer(branches: Branches, number: int, features: Features) -> Features:
-    """Layer `number` of every branch in `features`, each on its own features."""
-    return {name: branches[name][number - 1](x) for name, x in features.items()}
+def run_layer(branches: Branches, number: int, inputs: Maps) -> Maps:
+    """Layer `number` of every branch in `inputs`, each on its own input."""
+    return {name: branches[name][number - 1](x) for name, x in inputs.items()}
 
 
-def encode(branches: Branches, images: Features) -> dict[int, Features]:
+def encode(branches: Branches, images: Maps) -> dict[int, Maps]:
     """Layers 1-5 of every branch in `images`, in step: their outputs by the layer's number.
 
     The images are (B, 1, W, H, D), layer 5 puts out the bottoms (B, 256, W/16, H/16, D/16).
     """
     maps = {}
-    features = images
+    outputs = images
     for number in (1, 2, 3, 4, 5):
-        features = run_layer(branches, number, features)
-        maps[number] = features
+        outputs = run_layer(branches, number, outputs)
+        maps[number] = outputs
     return maps
 
 
-def decode(branches: Branches, bottoms: Features, maps: dict[int, Features]) -> Features:
+def decode(branches: Branches, bottoms: Maps, maps: dict[int, Maps]) -> Maps:
     """Layers 6-9 of every branch in `bottoms`, in step: outputs (B, C, W, H, D).
 
-    Each layer takes the encoder's map of its size beside what comes from below, and doubles both.
+    Each layer concatenates the encoder's map of its size to what comes from below, and doubles
+    the size. bottoms: (B, 256, W/16, H/16, D/16) each. maps: what encode returns.
     """
-    features = bottoms  # (B, 256, W/16, H/16, D/16)
+    outputs = bottoms
     for number, skip in SKIPS.items():
-        inputs = {name: torch.cat([maps[skip][name], x], dim=1) for name, x in features.items()}
-        features = run_layer(branches, number, inputs)
-    return features
+        inputs = {name: torch.cat([maps[skip][name], x], dim=1) for name, x in outputs.items()}
+        outputs = run_layer(branches, number, inputs)
+    return outputs
 
 
 # ------------------------------------------------------------------ the network
@@ -401,8 +409,8 @@ class MirrorUNet(Network):
         mask of v1-v3 does not see CT at inference); "joint" starts each decoder from both bottoms
         through a 1^3 convolution (Fig. 1).
     norm: "shared" or "private" batch norms inside the shared layers.
-    classifier: T sees "both" bottoms (Eq. 3) or only "pet" (the released code).
-    channels: widths of layers 1-5. organs: names of those that v5 learns.
+    classifier: what T sees, "both" bottoms (Eq. 3) or only that of "pet" (the released code).
+    channels: widths of layers 1-5. organs: names of the organs that v5 learns.
     Raises ValueError for a kind, version, layer or choice that does not exist.
     """
 
@@ -439,10 +447,11 @@ class MirrorUNet(Network):
         self.pet = nn.ModuleList([*pet, output_layer(channels, self.variant.pet)])
         self.ct = nn.ModuleList([*ct, output_layer(channels, self.variant.ct)])
 
-        # What sits on the bottoms.
+        # What sits on the bottoms, each of `bottom` channels.
         bottom = channels[-1]
-        self.joint = nn.ModuleDict()
+        self.joint = None
         if bottleneck == "joint":
+            self.joint = nn.ModuleDict()
             for branch in ("ct", "pet"):
                 self.joint[branch] = nn.Conv3d(2 * bottom, bottom, 1)
         self.btl_decoder = None
@@ -460,19 +469,20 @@ class MirrorUNet(Network):
             requires_grad=learned and self.variant.fused,
         )
 
-    def forward(self, ct: Tensor, pet: Tensor, heads: tuple[str, ...] | None = None) -> Output:
-        """Run the network on ct and pet, each (B, 1, W, H, D); FLAIR and T1Gd for MRI.
+    def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
+        """Run the network on ct and pet, each (B, 1, W, H, D).
 
         heads: the fields of Output to compute, all by default; what they do not need is not run.
         Raises ValueError as check_inputs does.
         """
-        wanted = self.check_inputs(ct, pet, heads)
-        encoded, decoded = self.branches_to_run(wanted)
+        self.check_inputs(ct, pet, heads)
+        wanted = heads or self.heads
+        to_encode, to_decode = self.branches_to_run(wanted)
         branches = {"ct": self.ct, "pet": self.pet}
         images = {"ct": ct, "pet": pet}
 
         # E_C and E_P
-        maps = encode(branches, {name: images[name] for name in images if name in encoded})
+        maps = encode(branches, {name: images[name] for name in to_encode})
         bottoms = maps[5]  # (B, 256, W/16, H/16, D/16) each
 
         # E_C(x_C) ⊕ E_P(x_P), what D_BTL and T see (Eq. 2 and 3)
@@ -480,11 +490,10 @@ class MirrorUNet(Network):
         if len(bottoms) == 2:
             both = torch.cat([bottoms["ct"], bottoms["pet"]], dim=1)  # (B, 512, W/16, ...)
 
-        # D_C and D_P, with the skips of their encoders
-        inputs = {}
-        for name, bottom in bottoms.items():
-            if name in decoded:
-                inputs[name] = self.decoder_input(name, bottom, both)
+        # D_C and D_P, each from its own bottom or, with bottleneck "joint", from both
+        inputs = {name: bottoms[name] for name in to_decode}
+        if self.joint is not None:
+            inputs = {name: self.joint[name](both) for name in to_decode}
         outputs = decode(branches, inputs, maps)  # (B, channels of the task, W, H, D) each
 
         # The final mask, D_BTL and T
@@ -497,37 +506,33 @@ class MirrorUNet(Network):
             outputs["tumor"] = self.classifier(seen)  # (B,)
         return Output(**outputs)
 
-    def branches_to_run(self, wanted: set[str]) -> tuple[set[str], set[str]]:
+    def branches_to_run(self, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]:
         """The branches that must be encoded for the wanted heads, and those decoded as well.
 
         With bottleneck "own" the mask of v1-v3 needs only PET's, so at inference CT's never runs.
         """
-        decoded = wanted & {"ct", "pet"}
-        if "seg" in wanted:
-            decoded.update(self.mask_branches)
-
-        encoded = set(decoded)
-        if "tumor" in wanted:
-            encoded.add("pet")
         tumor_sees_ct = "tumor" in wanted and self.classifier_sees_ct
-        if "btl" in wanted or tumor_sees_ct or len(self.joint):
-            encoded = {"ct", "pet"}
-        return encoded, decoded
+        needs_both = "btl" in wanted or tumor_sees_ct or self.joint is not None
 
-    def decoder_input(self, branch: str, bottom: Tensor, both: Tensor | None) -> Tensor:
-        """Where a branch's decoder starts: its own bottom, or both bottoms if they are joined."""
-        if branch in self.joint:
-            return self.joint[branch](both)  # (B, 512, W/16, ...) -> (B, 256, W/16, ...)
-        return bottom
+        to_encode = []
+        to_decode = []
+        for name in ("ct", "pet"):
+            decoded = name in wanted or ("seg" in wanted and name in self.mask_branches)
+            seen_by_tumor = "tumor" in wanted and name == "pet"
+            if decoded:
+                to_decode.append(name)
+            if decoded or seen_by_tumor or needs_both:
+                to_encode.append(name)
+        return to_encode, to_decode
 
-    def final_mask(self, logits: Features) -> Tensor:
+    def final_mask(self, logits: Maps) -> Tensor:
         """The field `seg` of Output from the logits (B, 1 + K, W, H, D) of the mask's branches."""
         if len(self.mask_branches) == 1:  # v1-v3: D_P is the mask
             return logits[self.mask_branches[0]]
         if self.variant.fused:  # before the softmax, Eq. 4
             return (1 - self.theta) * logits["pet"] + self.theta * logits["ct"]
 
-        # MRI v1 and v2: each branch decides its own classes, against a background of 0.
+        # MRI v1 and v2: each branch decides its own classes, against a background of logit 0.
         foregrounds = [foreground_logits(logits[branch]) for branch in self.mask_branches]
         background = torch.zeros_like(foregrounds[0][:, :1])
         return torch.cat([background, *foregrounds], dim=1)

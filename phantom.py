@@ -1,9 +1,9 @@
 """The simulated whole-body FDG-PET/CT cohort that stands in when there are no data.
 
-A study is painted organ by organ; foci of harmless uptake, CT findings without any, and lesions
-grow where there is room; noise and the scanner's blur follow. Lesions and foci look alike in PET:
-the density on CT tells them apart. The files depend on the seed alone, byte for byte, and those of
-a patient not on how many there are.
+A study is painted organ by organ. Then lesions, foci of harmless uptake and CT findings without
+uptake grow where there is room; noise and the scanner's blur follow. Lesions and foci look alike in
+PET: the density on CT tells them apart. The files depend on the seed alone, byte for byte, and the
+files of a patient do not depend on how many patients there are.
 
     python phantom.py --patients 200 --out DIR [--seed 1]    a larger cohort, for --data DIR
 """
@@ -77,7 +77,7 @@ def read_organs(text: str) -> list[Organ]:
 
 
 class Region(NamedTuple):
-    """Where one sort of spot grows, and how."""
+    """A place where spots of one kind grow, and their look there."""
 
     mirrored: bool  # on either side
     low: np.ndarray  # mm, lowest and highest centre
@@ -88,7 +88,7 @@ class Region(NamedTuple):
 
 
 class SpotLaw(NamedTuple):
-    """The law of all spots of a kind."""
+    """How the spots of one kind grow: lesions, foci or findings."""
 
     smallest: float  # radius, mm
     median_suv: float | None  # None: the uptake stays
@@ -216,8 +216,11 @@ FINDINGS = SpotLaw(8, None, read_regions(FINDING_REGIONS))  # on CT alone
 
 @dataclass
 class Body:
-    """A patient in the making. Volumes are (X, Y, Z); `grid` holds x, y and z of their voxels in mm
-    of the reference body, which lie at `origin` + index * `step`."""
+    """A patient that is being painted; each volume (X, Y, Z).
+
+    `grid` holds the coordinates x, y and z of the voxels in mm of the reference body, which are
+    `origin` + index * `step`.
+    """
 
     origin: np.ndarray  # mm
     step: np.ndarray  # mm
@@ -246,8 +249,9 @@ class SimulatedStudy(NamedTuple):
 def draw_study(anatomy, study, tumour: bool) -> SimulatedStudy:
     """Simulate one PET/CT study of 5 x 5 x 6 mm voxels, with 1 to 6 lesions if `tumour`.
 
-    Foci and CT findings follow one law in all patients. anatomy: random generator of the shapes, of
-    which the same state gives the same patient; study: that of uptake, spots and noise.
+    Foci and CT findings are drawn alike in all patients.
+    anatomy: the random generator of the shapes; from the same state it draws the same patient.
+    study: the random generator of uptake, spots and noise.
     """
     girth = anatomy.uniform(0.95, 1.18)
     stature = anatomy.uniform(0.93, 1.07)
@@ -520,8 +524,11 @@ def write_study(root: Path, seed: int, patient: int, visit: int, large: bool) ->
 
 
 def enlarge(study: SimulatedStudy) -> SimulatedStudy:
-    """A study with as many voxels as those of AutoPET have, to measure speed: with air beside the
-    body, each voxel repeated, and noise lest the files compress to little."""
+    """A study with as many voxels as those of AutoPET have, to measure speed.
+
+    Air is added beside the body, each voxel is repeated, and noise keeps the files from compressing
+    to little.
+    """
     volumes = []
     for volume in study[:4]:
         width, height, _ = volume.shape

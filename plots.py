@@ -6,6 +6,7 @@
 A volume is (W, H, D); a plane cut from it is (rows, columns), as it is seen on the page.
 """
 
+import itertools
 import re
 import textwrap
 from collections.abc import Callable
@@ -25,35 +26,28 @@ from scipy.special import expit, logsumexp
 
 from cache import Case
 from claims import NO_VERDICT, claim_groups, claims_table
-from common import Parser, UserError, atomic, command_line
-from config import Config, add_flags, options_from_args, resolve
-from data import shuffle_voxels, with_swapped_ct
-from eval import EVAL_OPTIONS, choose_cases, class_bitmask, infer, label_map, to_stderr
+from common import Parser, UserError, atomic, command_line, to_stderr
+from config import Config, add_flags, options_from_args
+from data import shuffle_voxels
+from eval import EVAL_OPTIONS, class_bitmask, infer, label_map, load_part
 from metrics import CONNECTIVITY_18, named_masks
 from mirror_unet import IMAGE_NAMES, LESION, UNIONS, VARIANTS, Network, Task, Variant, decide
 from preprocess import PREPROCESSING, THRESHOLD_SUV
-from runs import (
-    find_data,
-    load_cases,
-    load_run,
-    loss_term_names,
-    read_metrics,
-    read_trials,
-    with_organ_names,
-)
-from tables import PHIS, VERSIONS, RunGroup, groups_for_table, lambda_grid, table_2
+from runs import LoadedRun, load_run, loss_term_names, read_metrics, read_trials
+from tables import PHIS, VERSIONS, RunGroup, braces, groups_for_table, lambda_grid, table_2
 
 matplotlib.use("Agg")  # a compute node has no screen
-matplotlib.rcParams["pdf.fonttype"] = 42  # fonts are embedded whole, as text
+matplotlib.rcParams["pdf.fonttype"] = 42  # the text of a PDF stays text
 # The palette of Okabe and Ito, whose colours a colour-blind reader can tell apart.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
 def read_style(text: str) -> dict[str, str]:
-    """Settings of matplotlib, one a line, as in its style files."""
+    """Settings for matplotlib.rc_context from lines such as "font.size: 7"."""
     return dict(line.split(": ") for line in text.strip().split("\n"))
 
 
+# For graphs in a column of 3.3 inches or on a page of 7 inches.
 PAPER_STYLE = read_style("""
 font.size: 7
 axes.titlesize: 6
@@ -82,7 +76,8 @@ boxplot.whiskerprops.linewidth: 0.7
 boxplot.capprops.linewidth: 0.7
 boxplot.medianprops.linewidth: 1.4
 boxplot.medianprops.color: black
-""")  # for a column of 3.3 inches or a page of 7 inches
+""")
+# For rows of images.
 GRID_STYLE = read_style("""
 axes.titlesize: 7
 axes.titlepad: 3
@@ -94,15 +89,8 @@ figure.constrained_layout.w_pad: 0.02
 figure.constrained_layout.h_pad: 0.02
 figure.constrained_layout.wspace: 0
 figure.constrained_layout.hspace: 0
-""")  # for rows of images
-
-
-class DrawnFigure(NamedTuple):
-    """A figure, the name of its file, and what the console says of it."""
-
-    figure: Figure
-    name: str
-    about: str
+""")
+EXAMPLES = 4  # the most studies in examples.png
 
 
 def save(figure: Figure, *paths: Path, **options) -> None:
@@ -117,13 +105,7 @@ def save(figure: Figure, *paths: Path, **options) -> None:
 # ------------------------------------------------------------------ the pictures of a run
 
 
-def pictures(run: Path, model: Network, cases: list[Case], config: Config, device) -> None:
-    """Draw all pictures of a finished run; cases are its test studies."""
-    curves(run)
-    examples(run / "examples.png", model, cases, config, device)
-
-
-def curves(run: Path) -> None:
+def draw_curves(run: Path) -> None:
     """Draw curves.png: loss terms, validation, gradients on the shared layers, and speed."""
     rows = read_metrics(run)
     if not rows:  # the file was lost
@@ -142,7 +124,7 @@ def curves(run: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(columns), figsize=(20, 3.6), layout="constrained")
     for axis, title in zip(axes, columns, strict=True):
-        for name, color in zip(columns[title], COLORS * len(losses), strict=False):
+        for name, color in zip(columns[title], itertools.cycle(COLORS), strict=False):
             if name in frame:  # an epoch without validation has an empty cell
                 axis.plot(frame[name].dropna(), ".-", color=color, label=name)
         axis.set(title=title, xlabel="epoch")
@@ -150,28 +132,30 @@ def curves(run: Path) -> None:
         if axis.lines:
             axis.legend(fontsize=8)
 
-    # A term with a learned weight may be negative.
-    positive = (frame[losses] > 0).all(axis=None)
-    axes[0].set_yscale("log" if positive else "symlog")
-    axes[1].set_yscale("log")
-    axes[2].set_ylim(0, 1)
-    axes[4].set_ylim(0)
+    loss_axis, gradient_axis, dice_axis, _, speed_axis = axes
+    positive = (frame[losses] > 0).all(axis=None)  # a term with a learned weight may be negative
+    loss_axis.set_yscale("log" if positive else "symlog")
+    gradient_axis.set_yscale("log")
+    dice_axis.set_ylim(0, 1)
+    speed_axis.set_ylim(0)
     save(figure, run / "curves.png", dpi=110)
 
 
-def examples(path: Path, model: Network, cases: list[Case], config: Config, device, most=4) -> None:
-    """Draw examples.png in the manner of Fig. 7: a row for each of at most `most` studies.
+def draw_examples(run: Path, loaded: LoadedRun, cases: list[Case]) -> None:
+    """Draw examples.png in the manner of Fig. 7: a row for each of at most EXAMPLES studies.
 
-    They are spread evenly over the studies with a lesion, from the largest lesion volume down.
+    From the studies with a lesion, the largest lesion volume first, it takes every
+    len // EXAMPLES-th. loaded: train.State will do as well.
     """
     positive = [case for case in cases if case.has_lesion]
     positive.sort(key=lambda case: case.meta.lesion_voxels, reverse=True)
-    step = max(1, len(positive) // most)
-    chosen = positive[::step][:most] or cases[:1]
+    step = max(1, len(positive) // EXAMPLES)
+    chosen = positive[::step][:EXAMPLES] or cases[:1]
 
-    rows = [study_panels(model, case, config, device).panels for case in chosen]
+    rows = [study_panels(loaded, case) for case in chosen]
     labels = [case.name.split("/")[0] for case in chosen]
-    save(draw_grid(rows, labels, config), path, dpi=110, bbox_inches="tight")
+    figure = draw_grid(rows, labels, loaded.config)
+    save(figure, run / "examples.png", dpi=110, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------ a study in one plane
@@ -183,11 +167,10 @@ class Look(NamedTuple):
     figure: str  # name of the paper's figure
     plane: str
     across: int  # the axis of a volume (W, H, D) that the plane cuts
-    up: int  # the axis that is vertical on the page
-    mirrored: bool  # the axis to the right of the page is turned, as the patient's right is left
+    up: int  # the axis that is vertical on the page; that to the right is always W
+    mirrored: bool  # left and right are flipped, so that the patient's right is at the left
     background: str  # the image under a mask
     titles: dict[str, str]  # of columns, where the paper's figure has its own
-    dice: str  # what the figures of a search call the Dice
 
 
 LOOKS = {
@@ -199,7 +182,6 @@ LOOKS = {
         mirrored=False,
         background="pet",
         titles={"ct_input": "CT, Φ($x_C$)", "btl": "bottleneck\nor fused"},
-        dice="test Dice (%)",
     ),
     "mri": Look(
         figure="fig8",
@@ -209,7 +191,6 @@ LOOKS = {
         mirrored=True,
         background="ct",
         titles={},
-        dice="test Dice, whole tumour (%)",
     ),
 }
 TITLES = {  # the columns, from left to right; those that no row fills are left out
@@ -256,19 +237,11 @@ class PhiInput(NamedTuple):
 class StudyPlane(NamedTuple):
     """What a network made of a study, in one plane."""
 
-    index: int
     inputs: dict[str, Panel]  # the images "ct" and "pet", and "ct_input" of the CT branch
     background: Panel  # of masks
-    outputs: dict[str, np.ndarray]  # the maps of eval.infer, (channels, rows, columns)
+    outputs: dict[str, np.ndarray]  # foreground logits or an image, (channels, rows, columns)
     predicted: dict[str, np.ndarray]  # masks by name, those of UNIONS among them
     truth: dict[str, np.ndarray]
-
-
-class StudyPanels(NamedTuple):
-    """The panels of a study by the keys of TITLES, and the index of its plane."""
-
-    panels: dict[str, Panel]
-    index: int
 
 
 def largest_lesion_plane(truth: np.ndarray, axis: int) -> int:
@@ -284,7 +257,8 @@ def largest_lesion_plane(truth: np.ndarray, axis: int) -> int:
 
 def cut_plane(volume: np.ndarray, look: Look, index: int) -> np.ndarray:
     """(..., W, H, D) -> (..., rows, columns), with the patient's right at the left."""
-    plane = np.rot90(volume.take(index, axis=look.across - 3), axes=(-2, -1))
+    across = look.across - 3  # counted from the end
+    plane = np.rot90(volume.take(index, axis=across), axes=(-2, -1))
     return plane[..., ::-1] if look.mirrored else plane
 
 
@@ -305,35 +279,41 @@ def input_panels(images: np.ndarray, ct_input: np.ndarray, kind: str) -> dict[st
     return panels
 
 
-def infer_plane(model: Network, case: Case, config: Config, device, phi_input) -> StudyPlane:
+def infer_plane(loaded: LoadedRun, case: Case, heads, phi_input: PhiInput | None) -> StudyPlane:
     """Run the network over a whole study and cut all maps in the plane of its largest lesion.
 
-    phi_input: what the network is given; None for the study's own images.
+    heads: the outputs beside "seg". phi_input: what the network is given; None for the study's own
+    images.
     """
+    variant, kind = loaded.model.variant, loaded.config.kind
     images = np.asarray(case.load("images"), np.float32)
     labels = np.asarray(case.load("label"))
     network_input = phi_input.images if phi_input else images
-    slots = [slot for slot in model.variant.tasks if slot in model.heads]
-    maps = infer(model, network_input, config, device, heads=("seg", *slots)).maps
+    maps = infer(loaded, network_input, heads=("seg", *heads)).maps
 
-    look = LOOKS[config.kind]
+    look = LOOKS[kind]
     index = largest_lesion_plane(labels, look.across)
     outputs = {head: cut_plane(volume, look, index) for head, volume in maps.items()}
-    masks = class_bitmask(outputs["seg"], model.decide)
+    masks = class_bitmask(outputs["seg"], loaded.model.decide)
     ct_input = cut_plane(network_input[0], look, index)
-    inputs = input_panels(cut_plane(images, look, index), ct_input, config.kind)
+    inputs = input_panels(cut_plane(images, look, index), ct_input, kind)
     return StudyPlane(
-        index,
         inputs,
         background=replace(inputs[look.background], note=""),
         outputs=outputs,
-        predicted=named_masks(masks, model.variant.classes),
-        # Labels 1 and 2 exclude each other, so as bits they are the same numbers.
-        truth=named_masks(cut_plane(labels, look, index), model.variant.classes),
+        predicted=named_masks(masks, variant.classes),
+        # The labels 1 and 2 are the bits of the first and the second class already.
+        truth=named_masks(cut_plane(labels, look, index), variant.classes),
     )
 
 
-def outlined(background: Panel, masks, classes, lesion="prediction", note="") -> Panel:
+def outlined(
+    background: Panel,
+    masks: dict[str, np.ndarray],
+    classes: tuple[str, ...],
+    lesion: str = "prediction",
+    note: str = "",
+) -> Panel:
     """The masks of these classes over an image; lesion: the name of the lesion in the legend."""
     outlines = {}
     for name in classes:
@@ -341,7 +321,14 @@ def outlined(background: Panel, masks, classes, lesion="prediction", note="") ->
     return replace(background, outlines=outlines, note=note)
 
 
-def task_panel(slot: str, task: Task, plane: StudyPlane, variant: Variant, kind, paper) -> Panel:
+def task_panel(
+    slot: str,
+    task: Task,
+    plane: StudyPlane,
+    variant: Variant,
+    kind: str,
+    paper: bool,
+) -> Panel:
     """What one decoder puts out.
 
     An image is drawn like the one it reconstructs, organs as outlines on CT, all else as the
@@ -363,7 +350,8 @@ def task_panel(slot: str, task: Task, plane: StudyPlane, variant: Variant, kind,
 
     if paper and set(task.classes) <= set(plane.predicted):
         background = plane.inputs.get(slot, plane.background)
-        masks = class_bitmask(output, partial(decide, variant=Variant(pet=task)))
+        one_softmax = Variant(pet=task)  # so that decide() takes these logits for one softmax's
+        masks = class_bitmask(output, partial(decide, variant=one_softmax))
         note = "segmentation" if task == LESION else " and ".join(task.classes)
         return outlined(background, named_masks(masks, task.classes), task.classes, note=note)
 
@@ -372,60 +360,60 @@ def task_panel(slot: str, task: Task, plane: StudyPlane, variant: Variant, kind,
 
 
 def study_panels(
-    model: Network, case: Case, config: Config, device, phi_input: PhiInput | None = None
-) -> StudyPanels:
-    """The row of a study: inputs, a panel for each task, the final mask in a frame, the truth.
+    loaded: LoadedRun, case: Case, phi_input: PhiInput | None = None
+) -> dict[str, Panel]:
+    """The row of a study, by the keys of TITLES: inputs, the output of each task, masks, the truth.
 
-    phi_input: what the network is given for the paper's Figs. 7 and 8. There the final mask is the
-    union of its classes, the fusion of both branches, or the output of one. Else it has a panel of
-    its own, and PET/CT one more for the SUV threshold.
+    phi_input: what the network is given for the paper's Figs. 7 and 8, which frame the panel that
+    shows the final mask. Otherwise that mask and, for PET/CT, the SUV threshold have panels of
+    their own.
     """
     paper = phi_input is not None
+    model, kind = loaded.model, loaded.config.kind
     variant = model.variant
-    plane = infer_plane(model, case, config, device, phi_input)
-    inputs = plane.inputs
+    # The mask of most compared systems is no output of a branch, but "seg" alone.
+    tasks = {slot: task for slot, task in variant.tasks.items() if slot in model.heads}
+    plane = infer_plane(loaded, case, tasks, phi_input)
+    if variant.fused and model.theta is not None:  # Eq. 4; Valindria's branches have no θ
+        tasks["seg"] = variant.pet
 
+    inputs = plane.inputs
     panels = {
         "ct_input": replace(inputs["ct_input"], note=phi_input.note if paper else ""),
         "pet_input": inputs["pet"],
         "truth": outlined(plane.background, plane.truth, variant.classes, lesion="truth"),
     }
-    tasks = {slot: task for slot, task in variant.tasks.items() if slot in plane.outputs}
-    if variant.fused and model.theta is not None:  # both branches by θ (Eq. 4)
-        tasks["seg"] = variant.pet
     for slot, task in tasks.items():
-        panels[slot] = task_panel(slot, task, plane, variant, config.kind, paper)
+        panels[slot] = task_panel(slot, task, plane, variant, kind, paper)
 
     if paper:
-        mark_final_mask(panels, plane, model)
+        frame_final_mask(panels, plane, model)
     else:
         mask = outlined(plane.background, plane.predicted, variant.classes)
         panels["mask"] = replace(mask, is_final=True)
-        if config.kind == "petct":
+        if kind == "petct":
             hot = inputs["pet"].image * HIGHEST_SUV >= THRESHOLD_SUV
             panels["threshold"] = replace(plane.background, outlines={"prediction": hot})
-    return StudyPanels(panels, plane.index)
+    return panels
 
 
-def mark_final_mask(panels: dict[str, Panel], plane: StudyPlane, model: Network) -> None:
-    """Frame the panel of the paper's figure that shows the final mask, or add it to `panels`."""
-    final = list(model.variant.mask_tasks)
+def frame_final_mask(panels: dict[str, Panel], plane: StudyPlane, model: Network) -> None:
+    """In `panels` of the paper's figure, frame that of the final mask."""
     unions = {name: mask for name, mask in plane.predicted.items() if name in UNIONS}
-    if unions:
-        final = ["union"]
+    if unions:  # brain tumours: the mask is the union of its classes
+        final = "union"
         note = " ∪ ".join(model.variant.classes)
         panels["union"] = replace(plane.background, outlines=unions, note=note)
-    elif "seg" in panels:
-        # It takes the place of the bottleneck, which a variant with θ lacks.
-        final = ["btl"]
+    elif "seg" in panels:  # v4: it takes the place of the bottleneck, which v4 lacks
+        final = "btl"
         panels["btl"] = replace(panels.pop("seg"), note=f"fused, θ = {model.theta.item():.2g}")
+    else:  # v1-v3: the output of D_P
+        final = "pet"
+    panels[final] = replace(panels[final], is_final=True)
 
-    for name in final:
-        panels[name] = replace(panels[name], is_final=True)
 
-
-def draw_panel(axis, panel: Panel, aspect: float, filled: bool, legend: dict) -> None:
-    """Draw a panel. aspect: height of a voxel over its width. filled: masks are tinted.
+def draw_panel(axis, panel: Panel, aspect: float, tinted: bool, legend: dict) -> None:
+    """Draw a panel. aspect: height of a voxel over its width. tinted: masks are.
 
     legend: lines by the name of their mask, to which those of the panel are added.
     """
@@ -439,7 +427,7 @@ def draw_panel(axis, panel: Panel, aspect: float, filled: bool, legend: dict) ->
         dashes = "--" if name == "core" else "-"  # in grey it looks like edema
         line = legend.setdefault(name, plt.Line2D([], [], c=color, ls=dashes, label=name))
         axis.contour(mask, [0.5], colors=line.get_color(), linewidths=0.9, linestyles=dashes)
-        if filled:
+        if tinted:
             axis.contourf(mask, [0.5, 1.5], colors=line.get_color(), alpha=0.35)
 
     for spine in axis.spines.values():
@@ -453,8 +441,8 @@ def draw_grid(rows: list[dict[str, Panel]], labels, config: Config, paper: bool 
     For the paper the grid is at most 7 inches wide and 8.8 inches high.
     """
     look = LOOKS[config.kind]
-    filled = set().union(*rows)
-    columns = [name for name in TITLES if name in filled]
+    used = set().union(*rows)
+    columns = [name for name in TITLES if name in used]
 
     # Every cell has the shape of the tallest study; ratio is height over width.
     aspect = config.spacing[look.up] / config.spacing[0]
@@ -507,42 +495,36 @@ def phi_of_study(images: np.ndarray, config: Config) -> PhiInput:
         elif config.phi == "shuffle":
             edge = min(config.shuffle_edge, *ct.shape[2:])
             share = config.shuffle_count * config.shuffle_edge**3 / np.prod(config.patch)
-            count = max(round(share * ct.numel() / edge**3), min(config.shuffle_count, 1))
+            count = round(share * ct.numel() / edge**3)
+            if config.shuffle_count:  # a small study still shows what a cube is
+                count = max(count, 1)
             ct = shuffle_voxels(ct, edge, count)
             note = f"{count} {'cube' if count == 1 else 'cubes'} of {edge}³"
 
     return PhiInput(np.concatenate([ct[0].numpy(), images[1:]]), note)
 
 
-class OpenedRun(NamedTuple):
+class TestedRun(NamedTuple):
     """A trained run and its test studies by name."""
 
-    run: Path
-    config: Config
-    model: Network
-    device: torch.device
+    name: str
+    loaded: LoadedRun
     cases: dict[str, Case]
 
 
-def open_test_studies(run: Path, given: dict) -> OpenedRun:
+def open_test_studies(run: Path, given: dict) -> TestedRun:
     """Load a Mirror U-Net of both modalities and find its test studies. Raises UserError."""
-    model, config, device, _ = load_run(run, "best", given)
+    loaded = load_run(run, "best", given)
+    config = loaded.config
     if config.version not in VARIANTS[config.kind] or config.modality != "both":
         raise UserError(f"{run}: this is no Mirror U-Net of both modalities. Leave it out.")
-
-    folder = find_data(config, to_stderr)
-    config = resolve(config, folder.kind, simulated=config.data is None)
-    cases = load_cases(folder, config, to_stderr)
-    config = with_organ_names(config, cases, folder, to_stderr)
-
-    _, cases = choose_cases(run, "test", given, cases)
-    cases = with_swapped_ct(cases, config.ct)
-    return OpenedRun(run, config, model, device, {case.name: case for case in cases})
+    _, cases = load_part(run, "test", given, config)
+    return TestedRun(run.name, loaded, {case.name: case for case in cases})
 
 
-def choose_study(opened: list[OpenedRun], study: str | None) -> str:
+def choose_study(tested: list[TestedRun], study: str | None) -> str:
     """The study to draw: `study`, or of those that all runs test the one with most lesion."""
-    first, *others = opened
+    first, *others = tested
     volumes = {}  # in mm³
     for name, case in sorted(first.cases.items()):
         if all(name in other.cases for other in others):
@@ -555,38 +537,43 @@ def choose_study(opened: list[OpenedRun], study: str | None) -> str:
     return study or max(volumes, key=volumes.get)
 
 
-def qualitative(runs: list[Path], study: str | None = None, given: dict | None = None):
-    """Fig. 7 from PET/CT runs, Fig. 8 from brain tumour runs: a row per run, all of one study.
+def draw_qualitative(runs: list[Path], study: str | None, given: dict, out: Path) -> None:
+    """Write Fig. 7 of PET/CT runs, Fig. 8 of brain tumour runs: a row per run, all of one study.
 
-    A row comes from one pass with Φ(x_C); with --bottleneck own the mask is that of testing.
-    study: one in the test part of every run, by default that with most lesion. given: options that
-    replace those of the runs. Returns a DrawnFigure. Raises UserError.
+    A row comes from one pass with Φ(x_C). With --bottleneck own the mask does not see CT, so it is
+    that of testing. study: one in the test part of every run; None is that with most lesion. given:
+    options that replace those of the runs. Raises UserError.
     """
-    opened = []
+    tested = []
     for run in runs:
-        opened.append(open_test_studies(run, given or {}))
-        config, first = opened[-1].config, opened[0].config
+        tested.append(open_test_studies(run, given))
+        config, first = tested[-1].loaded.config, tested[0].loaded.config
         if (config.kind, config.spacing) != (first.kind, first.spacing):
             raise UserError(f"{run}: its kind or spacing differ from those of {runs[0]}.")
-    study = choose_study(opened, study)
+    study = choose_study(tested, study)
 
-    # The rows of the paper: by version, then by Φ.
     versions, phis = list(VARIANTS[config.kind]), list(PHIS)
-    opened.sort(key=lambda o: (versions.index(o.config.version), phis.index(o.config.phi)))
 
+    def paper_order(trained: TestedRun) -> tuple[int, int]:
+        """By version, then by Φ."""
+        config = trained.loaded.config
+        return versions.index(config.version), phis.index(config.phi)
+
+    tested.sort(key=paper_order)
     rows, labels = [], []
-    for _, config, model, device, cases in opened:
-        images = np.asarray(cases[study].load("images"), np.float32)
-        phi_input = phi_of_study(images, config)
-        panels, index = study_panels(model, cases[study], config, device, phi_input)
-        rows.append(panels)
+    for trained in tested:
+        config = trained.loaded.config
+        case = trained.cases[study]
+        images = np.asarray(case.load("images"), np.float32)
+        rows.append(study_panels(trained.loaded, case, phi_of_study(images, config)))
         labels.append(f"{config.version}-{config.phi}".removesuffix("-none"))
     if len(set(labels)) < len(labels):
-        labels = [one.run.name for one in opened]
+        labels = [trained.name for trained in tested]
 
     look = LOOKS[config.kind]
+    index = largest_lesion_plane(np.asarray(case.load("label")), look.across)
     figure = draw_grid(rows, labels, config, paper=True)
-    return DrawnFigure(figure, look.figure, f"{study}, {look.plane} slice {index}")
+    publish(figure, out, look.figure, f"{study}, {look.plane} slice {index}")
 
 
 # ------------------------------------------------------------------ figures of a search
@@ -594,13 +581,14 @@ def qualitative(runs: list[Path], study: str | None = None, given: dict | None =
 HATCHES = ("", "////", "xxxx")
 MARKERS = "osD^v"
 DASHES = ("-", "--", (0, (6, 1)), ":", "-.")
+DICE_LABELS = {"petct": "test Dice (%)", "mri": "test Dice, whole tumour (%)"}
 
 
-def name_sets(axis, layer_sets) -> None:
-    """Name the sets L along the x axis, a long one on two lines; many take a page's width."""
+def fit_to_sets(axis, layer_sets) -> None:
+    """Name the sets L along the x axis, a long one on two lines; many get the width of a page."""
     names = []
     for layers in layer_sets:
-        name = layers if layers == "none" else f"{{{layers.replace(' ', ',')}}}"
+        name = layers if layers == "none" else braces(layers)
         names.append(re.sub(r"(\d,\d,\d,)", r"\1\n", name))
     axis.set_xticks(range(len(names)), names)
     axis.set(xlabel="shared layers L", xlim=(-0.6, len(names) - 0.4))
@@ -627,7 +615,7 @@ def draw_box(axis, x: float, values, width: float, number: int, label: str) -> N
     axis.plot(dots, values, "o", markersize=2.6, color=color, mec="white", mew=0.4, zorder=3)
 
 
-def lambda_map(axis, table: pd.DataFrame) -> None:
+def draw_lambda_map(axis, table: pd.DataFrame) -> None:
     """Fig. 1 of the supplement: test Dice of v3 over λ_rec and λ_class, the best one framed."""
     values = table.to_numpy().T
     image = axis.imshow(values, cmap="viridis", origin="lower", aspect="auto")
@@ -649,7 +637,7 @@ def lambda_map(axis, table: pd.DataFrame) -> None:
     axis.figure.set_figheight(2.8)
 
 
-def phi_boxes(axis, table: pd.DataFrame) -> None:
+def draw_phi_boxes(axis, table: pd.DataFrame) -> None:
     """Fig. 4: a box per version and Φ over all sets L of shared layers."""
     versions = [version for version in VERSIONS if version in table.index]
     phis = list(PHIS)
@@ -660,17 +648,17 @@ def phi_boxes(axis, table: pd.DataFrame) -> None:
     axis.set_xticks(range(len(versions)), versions)
 
 
-def shared_curves(axis, table: pd.DataFrame) -> None:
-    """Fig. 5: a line per version over the sets L; a dot is the best Φ or θ, bold in Table 2."""
+def draw_shared_curves(axis, table: pd.DataFrame) -> None:
+    """Fig. 5: a line per version over the sets L; a dot is the best of its Φ or θ."""
     best = table.groupby("version").max()
     for version, color, marker, dashes in zip(VERSIONS, COLORS, MARKERS, DASHES, strict=False):
         if version in best.index:
             (line,) = axis.plot(range(best.shape[1]), best.loc[version], label=version)
             line.set(color=color, marker=marker, linestyle=dashes, markersize=4)
-    name_sets(axis, best.columns)
+    fit_to_sets(axis, best.columns)
 
 
-def theta_boxes(axis, table: pd.DataFrame) -> None:
+def draw_theta_boxes(axis, table: pd.DataFrame) -> None:
     """Fig. 6: v4, a box per set L over the fixed θ; the learned θ is a star beside it."""
     table = table.loc["v4"]
     fixed = table.drop(index="learn", errors="ignore")
@@ -681,7 +669,7 @@ def theta_boxes(axis, table: pd.DataFrame) -> None:
     if "learn" in table.index:
         places = np.arange(table.shape[1]) + 0.38
         axis.plot(places, table.loc["learn"], "*", color=COLORS[1], label="learned θ")
-    name_sets(axis, table.columns)
+    fit_to_sets(axis, table.columns)
 
 
 class SearchFigure(NamedTuple):
@@ -690,56 +678,51 @@ class SearchFigure(NamedTuple):
     table: str  # the row of tables.SEARCH_TABLES that chooses the trials
     versions: tuple[str, ...]
     compared: list[str]  # the options along its axes
-    title: str  # what a message calls these options
-    numbers: Callable  # trials -> tables.DiceTable
-    draw: Callable  # draws the numbers on an axis
+    draw: Callable  # draws the numbers of the table on an axis
 
 
 PHI_VERSIONS = ("v1", "v2", "v2-rec", "v3")
 SEARCH_FIGURES = {
     "fig_s1_lambdas": SearchFigure(
-        "lambdas", ("v3",), ["lambda_rec", "lambda_cls"], "λ of v3", lambda_grid, lambda_map
+        "lambdas", ("v3",), ["lambda_rec", "lambda_cls"], draw_lambda_map
     ),
-    "fig4_phi": SearchFigure("table 2", PHI_VERSIONS, ["phi"], "Φ", table_2, phi_boxes),
-    "fig5_shared": SearchFigure("table 2", VERSIONS, ["shared"], "sets L", table_2, shared_curves),
-    "fig6_theta": SearchFigure("table 2", ("v4",), ["theta"], "θ", table_2, theta_boxes),
+    "fig4_phi": SearchFigure("table 2", PHI_VERSIONS, ["phi"], draw_phi_boxes),
+    "fig5_shared": SearchFigure("table 2", VERSIONS, ["shared"], draw_shared_curves),
+    "fig6_theta": SearchFigure("table 2", ("v4",), ["theta"], draw_theta_boxes),
 }
+DICE_TABLES = {"table 2": table_2, "lambdas": lambda_grid}
 
 
 @matplotlib.rc_context(PAPER_STYLE)
-def search_figure(name: str, trials: pd.DataFrame, about: str = "") -> DrawnFigure:
-    """Draw a row of SEARCH_FIGURES; about: how these trials differ from others of the search.
+def draw_search_figure(row: SearchFigure, trials: pd.DataFrame, about: str) -> tuple[Figure, str]:
+    """Draw a row of SEARCH_FIGURES; returns the figure and what its numbers are.
 
-    Raises UserError unless the trials differ in what the figure compares and have a test Dice.
+    about: how these trials differ from others of the search. Raises UserError unless the trials
+    differ in what the figure compares and have a test Dice.
     """
-    row = SEARCH_FIGURES[name]
     if len(trials[row.compared].drop_duplicates()) < 2:
-        raise UserError(f"compares {row.title}, the search does not")
-    table = row.numbers(trials, about)
+        raise UserError(f"compares {' and '.join(row.compared)}, the search does not")
+    values, about = DICE_TABLES[row.table](trials, about)
 
     figure, axis = plt.subplots(figsize=(3.3, 2.4))
-    axis.set_ylabel(LOOKS[trials["kind"].iloc[0]].dice)
-    axis.set_title(textwrap.fill(table.about, 54), loc="right", color="0.3")
+    axis.set_ylabel(DICE_LABELS[trials["kind"].iloc[0]])
+    axis.set_title(textwrap.fill(about, 54), loc="right", color="0.3")
     axis.grid(axis="y")
-    row.draw(axis, table.values)
+    row.draw(axis, values)
 
     handles, labels = axis.get_legend_handles_labels()
     if labels:
-        handle_of = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0]))
-        figure.legend(
-            handle_of.values(),
-            handle_of.keys(),
-            loc="outside upper center",
-            ncols=4,
-        )
-    return DrawnFigure(figure, name, table.about)
+        handle_of = dict(zip(labels, handles, strict=True))  # each label once
+        labels = sorted(handle_of)
+        figure.legend(map(handle_of.get, labels), labels, loc="outside upper center", ncols=4)
+    return figure, about
 
 
 @matplotlib.rc_context(PAPER_STYLE)
-def claims_figure(trials: pd.DataFrame, about: str = "") -> DrawnFigure:
+def draw_claims(trials: pd.DataFrame, about: str) -> tuple[Figure, str]:
     """Draw a dot and an interval for each claim whose two sides ended; the paper's is a cross.
 
-    Raises UserError without one.
+    Returns the figure and how many claims are decided. Raises UserError if no claim has both sides.
     """
     table = claims_table(trials)
     table = table[~table["verdict"].isin(NO_VERDICT)].iloc[::-1]  # the first claim is on top
@@ -760,15 +743,14 @@ def claims_figure(trials: pd.DataFrame, about: str = "") -> DrawnFigure:
     axis.legend()
 
     text = f"{is_decided.sum()} of {len(table)} claims decided"
-    return DrawnFigure(figure, "claims", f"{text}; {about}" if about else text)
+    return figure, f"{text}; {about}" if about else text
 
 
-def publish(out: Path, drawn: DrawnFigure, suffix: str = "") -> None:
+def publish(figure: Figure, out: Path, name: str, about: str) -> None:
     """Write a figure for print as PNG and PDF, and print where it is."""
-    name = drawn.name + suffix
     out.mkdir(parents=True, exist_ok=True)
-    save(drawn.figure, out / f"{name}.png", out / f"{name}.pdf", dpi=300)
-    print(f"{name:<15} {out / name}.png, .pdf   {drawn.about}")
+    save(figure, out / f"{name}.png", out / f"{name}.pdf", dpi=300)
+    print(f"{name:<15} {out / name}.png, .pdf   {about}")
 
 
 def draw_search(search: Path, out: Path) -> None:
@@ -780,23 +762,28 @@ def draw_search(search: Path, out: Path) -> None:
     for trial in trials[trials["config"].isna()].itertuples():
         to_stderr(f"left out   {trial.trial}: {trial.reason}")
 
+    draws = {"claims": draw_claims}
     groups = {"claims": claim_groups(trials)}
     for name, row in SEARCH_FIGURES.items():
+        draws[name] = partial(draw_search_figure, row)
         with_version = trials[trials["version"].isin(row.versions)]
+        # Without a trial there is a group of none, to say why the figure is absent.
         groups[name] = groups_for_table(with_version, row.table) or [RunGroup("", trials[:0])]
 
     published = 0
     reasons = {}  # the first one why a figure was not drawn
     for name, parts in groups.items():
-        draw = claims_figure if name == "claims" else partial(search_figure, name)
-        for number, (about, part) in enumerate(parts, start=1):
+        for number, (group, part) in enumerate(parts, start=1):
             try:
-                drawn = draw(part, about)
+                figure, about = draws[name](part, group)
             except UserError as error:
-                reasons.setdefault(name, f"{error} ({about})" if about else f"{error}")
+                reasons.setdefault(name, f"{error} ({group})" if group else f"{error}")
                 continue
-            suffix = re.sub(r"[^\w.]+", "_", about) if len(about) < 150 else str(number)
-            publish(out, drawn, f"-{suffix}" if about else "")
+            file_name = name
+            if group:  # a file's name must not be too long
+                suffix = re.sub(r"[^\w.]+", "_", group) if len(group) < 150 else str(number)
+                file_name += f"-{suffix}"
+            publish(figure, out, file_name, about)
             published += 1
 
     if not published:
@@ -812,17 +799,16 @@ def draw_search(search: Path, out: Path) -> None:
 def plots_command(argv: list[str] | None = None) -> None:
     """Run python plots.py, as the top of this file describes it."""
     parser = Parser(description="Draw the figures of the paper.")
-    add = parser.add_argument
-    add("search", nargs="?", type=Path, help="folder of a search: Figs. 4-6, S1")
-    add("--qualitative", nargs="+", type=Path, metavar="RUN", help="draw Fig. 7 or 8 of these runs")
+    add, either = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("search", nargs="?", type=Path, help="folder of a search: Figs. 4-6, S1")
+    text = "draw Fig. 7 or 8 of these runs"
+    either.add_argument("--qualitative", nargs="+", type=Path, metavar="RUN", help=text)
     add("--study", help="draw this study of the runs' test parts [the one with most lesion]")
     add("--out", type=Path, metavar="DIR", help="write the figures here [SEARCH/figures]")
     add_flags(parser, EVAL_OPTIONS)
     args = parser.parse_args(argv)
     given = options_from_args(args, EVAL_OPTIONS)
 
-    if bool(args.search) == bool(args.qualitative):
-        raise UserError("Give the folder of a search, or --qualitative and folders of runs.")
     if args.search and (args.study or given):
         raise UserError("--study and options of runs go with --qualitative. Leave them out.")
     if args.qualitative and args.out is None:
@@ -831,7 +817,7 @@ def plots_command(argv: list[str] | None = None) -> None:
     if args.search:
         draw_search(args.search, args.out or args.search / "figures")
     else:
-        publish(args.out, qualitative(args.qualitative, args.study, given))
+        draw_qualitative(args.qualitative, args.study, given, args.out)
 
 
 if __name__ == "__main__":

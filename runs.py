@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -30,10 +29,12 @@ from cache import Case, prepare
 from common import (
     UserError,
     atomic,
+    of_type,
     progress,
     read_json,
     reading,
     remove_stale_files,
+    to_stderr,
     write_json,
 )
 from config import (
@@ -62,8 +63,10 @@ from studies import StudyFolder, find_studies, summarize_facts
 
 
 def find_data(config: Config, say=print) -> StudyFolder:
-    """The studies below --data; without it the simulated cohort, written on first use. Raises
-    UserError."""
+    """The studies below --data; without it the simulated cohort, which the first use writes.
+
+    Raises UserError.
+    """
     config = check_options(config)
     if config.data is None and not PHANTOM.exists():
         say(f"data       no --data given: writing a simulated PET/CT cohort to {PHANTOM}")
@@ -72,15 +75,18 @@ def find_data(config: Config, say=print) -> StudyFolder:
     return find_studies(root, channels=config.channels, lesion_labels=config.lesion_labels)
 
 
-def load_cases(folder: StudyFolder, config: Config, say=print) -> list[Case]:
-    """The studies, checked, preprocessed and cached, with their organ maps if the version learns
-    organs. config: resolved. Raises UserError."""
-    learns_organs = variant_for(config, folder.kind).organ_branch
-    if learns_organs:  # the maps come first, as reading the studies may take hours
-        maps = find_organ_maps(folder, config)
+def load_cases(data: StudyFolder, config: Config, say=print) -> list[Case]:
+    """The studies, checked, preprocessed and cached; for v5 with their organ maps.
+
+    config: resolved. Raises UserError.
+    """
+    # The maps come first, as reading the studies may take hours.
+    maps = {}
+    if variant_for(config, config.kind).organ_branch:
+        maps = find_organ_maps(data, config)
 
     cases = prepare(
-        folder,
+        data,
         settings_for(config),
         Path(config.cache),
         workers=config.workers,
@@ -88,18 +94,18 @@ def load_cases(folder: StudyFolder, config: Config, say=print) -> list[Case]:
         skip_bad=config.skip_bad,
         say=say,
     )
-    if learns_organs:
-        cases = attach_organs(cases, folder.studies, maps, config, say)
+    if maps:
+        cases = attach_organs(cases, data.studies, maps, config, say)
 
     simulated = "" if config.data else ", simulated"
     patients = len({case.patient for case in cases})
     with_lesion = sum(case.has_lesion for case in cases)
     say(
-        f"data       {folder.root} ({folder.layout}{simulated}): {len(cases)} studies of "
+        f"data       {data.root} ({data.layout}{simulated}): {len(cases)} studies of "
         f"{patients} patients, {with_lesion} with a lesion"
     )
-    notes = [*folder.notes, *summarize_facts([case.meta.facts for case in cases])]
-    if not folder.patients_known:
+    notes = [*data.notes, *summarize_facts([case.meta.facts for case in cases])]
+    if not data.patients_known:
         notes.append("names do not tell the patient: each case counts as one; see --splits")
     for note in notes:
         say(f"           {note}")
@@ -113,21 +119,23 @@ def organ_folder(config: Config) -> Path | None:
     return PHANTOM / "organs" if config.data is None else None
 
 
-def find_organ_maps(folder: StudyFolder, config: Config) -> dict[str, Path]:
-    """The organ maps by study. Raises UserError if there is none, unless a trained run, which knows
-    its organs, is opened."""
+def find_organ_maps(data: StudyFolder, config: Config) -> dict[str, Path]:
+    """The organ maps by study.
+
+    Raises UserError if there is none, except for a trained run: it knows its organs without.
+    """
     directory = organ_folder(config)
     trained = bool(config.organ_names)
     if directory:
-        return find_maps(folder.studies, directory, required=not trained)
+        return find_maps(data.studies, directory, required=not trained)
     if not trained:
         raise UserError(f"{config.version} learns organs. Give the folder of their maps: --organs.")
     return {}
 
 
-def with_organ_names(config: Config, cases: list[Case], folder: StudyFolder, say=print) -> Config:
-    """The config with the names of the organs that v5 learns; other versions' as it is."""
-    if not variant_for(config, folder.kind).organ_branch:
+def with_organ_names(config: Config, cases: list[Case], say=print) -> Config:
+    """The resolved config with the names of the organs that v5 learns; other versions' as it is."""
+    if not variant_for(config, config.kind).organ_branch:
         return config
     names = organ_names_for(cases, organ_folder(config), config.organ_names, say)
     return replace(config, organ_names=names)
@@ -136,23 +144,24 @@ def with_organ_names(config: Config, cases: list[Case], folder: StudyFolder, say
 def choose_splits(
     config: Config, cases: list[Case], run: Path | None = None, say=print
 ) -> dict[str, list[str]]:
-    """The names of the studies of each part: those of `run`, which resumes, else those of --splits,
-    else folds by patient.
+    """The names of the studies of each part.
 
-    Raises UserError if `run` has other splits than --splits, or if no training study has a lesion
-    (or, where there are organ maps, a map).
+    They are those of `run`, which resumes, else those of --splits, else folds by patient. Raises
+    UserError if `run` has other splits than --splits, if no training study has a lesion, or if
+    there are organ maps but none of a training study.
     """
-    given = None
-    if config.splits and (not run or Path(config.splits).is_file()):  # the run has its own copy
-        given = read_splits(Path(config.splits), cases, config.fold, config.skip_bad, say)
+    # A run has a copy of its splits, so the file of --splits may be gone when it resumes.
+    from_file = None
+    if config.splits and (not run or Path(config.splits).is_file()):
+        from_file = read_splits(Path(config.splits), cases, config.fold, config.skip_bad, say)
 
     if run:
         splits = read_splits(run / "splits.json", cases, 0, config.skip_bad, say)
-        if given and given != splits:
+        if from_file and from_file != splits:
             remedy = "Restore it, or use another --out"
             raise UserError(f"{config.splits}: not the splits of {run}. {remedy}.")
     else:
-        splits = given or make_splits(cases, config.folds, config.fold, config.split_seed)
+        splits = from_file or make_splits(cases, config.folds, config.fold, config.split_seed)
 
     training = [case for case in cases if case.name in splits["train"]]
     if not any(case.has_lesion for case in training):
@@ -166,9 +175,11 @@ def choose_splits(
 
 
 def study_fingerprints(parts: dict[str, list[Case]], kind: str) -> dict[str, str]:
-    """The digest of each image of each study, and the study's place in the splits."""
-    ct_title, pet_title = IMAGE_NAMES[kind]
-    titles = {"ct": ct_title, "pet": pet_title, "label": "mask", "organs": "organs"}
+    """The hash of each image of each study, and the study's place in the splits.
+
+    The keys are the words for an error, such as "NAME (CT)" and "NAME (splits)".
+    """
+    titles = dict(zip(("ct", "pet"), IMAGE_NAMES[kind], strict=True), label="mask", organs="organs")
     fingerprints = {}
     for part, cases in parts.items():
         for position, case in enumerate(cases):
@@ -181,22 +192,19 @@ def study_fingerprints(parts: dict[str, list[Case]], kind: str) -> dict[str, str
 def refuse_changed_studies(run: Path, before: dict[str, str], now: dict[str, str]) -> None:
     """Raises UserError if the study_fingerprints are not those that the run began with."""
     changed = [name for name in before | now if before.get(name) != now.get(name)]
-    if not changed:
-        return
-    names = ", ".join(changed[:4])
-    if len(changed) > 4:
-        names += f" and {len(changed) - 4} more"
-    remedy = "Restore the data and splits, or use another --out"
-    raise UserError(f"{run}: changed since the run began: {names}. {remedy}.")
+    if changed:
+        names = f"{', '.join(changed[:4])} ({len(changed)} in all)"
+        remedy = "Restore the data and splits, or use another --out"
+        raise UserError(f"{run}: changed since the run began: {names}. {remedy}.")
 
 
 def short_hash(content) -> str:
-    """Eight characters that tell settings or splits apart; content: of JSON's types."""
+    """Eight characters that tell settings or splits apart; content is what JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def cohort_hash(splits: dict[str, list[str]]) -> str:
-    """Tells the studies of all parts from others; the folds of one cohort have it in common."""
+    """Eight characters for the studies of all parts, the same for every fold of a cohort."""
     return short_hash(sorted(set().union(*splits.values())))
 
 
@@ -240,8 +248,10 @@ class FolderBusy(UserError):
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when the process ends, however it ends. Raises
-    FolderBusy if another process holds it."""
+    """Hold the folder's lock, which the system frees when the process ends, however it ends.
+
+    Raises FolderBusy if another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+b") as file:
         try:  # not flock: child processes would inherit it and outlive a killed run by seconds
@@ -252,15 +262,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def lock_run_folder(config: Config, stack: contextlib.ExitStack) -> str:
+def lock_run_folder(config: Config, stack: contextlib.ExitStack) -> Path:
     """Choose the folder of a run and lock it until `stack` ends.
 
     It is --out, or else runs/<version>-L<layers> (runs/<system> for a compared system), with a
     number behind it if that is taken, be it by a run that starts at this moment.
     """
     if config.out:
-        stack.enter_context(lock_folder(Path(config.out)))
-        return config.out
+        folder = Path(config.out)
+        stack.enter_context(lock_folder(folder))
+        return folder
 
     name = config.version
     if not system_of(config):
@@ -270,7 +281,7 @@ def lock_run_folder(config: Config, stack: contextlib.ExitStack) -> str:
         if not (folder / "config.json").exists():
             with contextlib.suppress(FolderBusy):
                 stack.enter_context(lock_folder(folder))
-                return str(folder)
+                return folder
 
 
 def is_finished(run: Path, epochs: int) -> bool:
@@ -282,16 +293,19 @@ def can_resume(run: Path, config: Config) -> bool:
     """Whether there is a run to go on with. Raises UserError rather than overwrite or mix runs."""
     remove_stale_files(run)
     last = run / "last.pt"
-    tested = (run / "summary.json").exists()
-    if not last.exists() and not tested:
+    if not last.exists() and not (run / "summary.json").exists():
         return False
     if not config.resume:
         raise UserError(f"{run}: holds a run already. Add --resume, or choose another --out.")
 
-    if not last.exists() and not is_finished(run, config.epochs):
+    if last.exists():
+        checkpoint = load_checkpoint(last)
+    elif is_finished(run, config.epochs):  # a search keeps only best.pt of a trial that has ended
+        checkpoint = load_checkpoint(run / "best.pt")
+    else:
         finding = "has summary.json but no last.pt (a search removes it when a trial ends)"
         raise UserError(f"{run}: {finding}. Use another --out.")
-    checkpoint = load_checkpoint(last if last.exists() else run / "best.pt")
+
     refuse_changed_options(run, checkpoint["config"], to_dict(config, weights_only=True))
     if checkpoint["epoch"] > config.epochs:
         finding = f"has {checkpoint['epoch']} epochs already, more than --epochs {config.epochs}"
@@ -300,7 +314,7 @@ def can_resume(run: Path, config: Config) -> bool:
 
 
 def changed_options(saved: dict, now: dict) -> str:
-    """Which options differ between two configs, as to_dict gives them; "" if none does."""
+    """The options that differ between two configs, as to_dict gives them, in words; "" if none."""
     changes = []
     for name in sorted(saved):
         if saved[name] != now.get(name):
@@ -320,14 +334,14 @@ def refuse_changed_options(run: Path, saved: dict, now: dict) -> None:
 
 RESTORE = "Restore it, or train anew with another --out"
 TEST_AGAIN = (
-    "Remove summary.json; --resume tests the run again (of a search's trial, which has no last.pt "
-    "any more, remove the folder; the search trains it again)"
+    "Remove summary.json and resume the run, which tests it again; of a search's trial remove the "
+    "folder, and the search trains it again"
 )
-OUTCOME = ("val_dice", "seconds", "gpu_memory_mb")  # of summary.json and of results.csv
+OUTCOME = ("val_dice", "seconds", "gpu_memory_mb")  # what summary.json and results.csv both have
 
 
 def save_config(run: Path, config: Config, device: str, **extra) -> None:
-    """Write config.json: the options, the device, versions and the git commit of the code."""
+    """Write config.json: options, type of the device, versions, the git commit of the code."""
     record = {"config": to_dict(config), "ran_on": device, **extra, "commit": git_commit()}
     record["python"] = platform.python_version()
     for module in (torch, np, scipy, nibabel, pd):
@@ -346,13 +360,13 @@ def git_commit() -> str:
 
 
 def load_config(run: Path) -> Config:
-    """The config of a run. Raises UserError if config.json is missing or not one of ours."""
+    """The resolved config of a run. Raises UserError if config.json is missing or not ours."""
 
     def parse_config(record: dict) -> Config:
         config = from_dict(record["config"])
         if config.kind not in DATA_NAMES:
             raise ValueError(f"saved option kind is {config.kind}")
-        return config
+        return resolve(config, config.kind)
 
     return read_json(run / "config.json", parse_config, RESTORE)
 
@@ -363,34 +377,36 @@ def load_splits(run: Path) -> dict[str, list[str]]:
     def parse_splits(content: dict) -> dict[str, list[str]]:
         splits = {}
         for part in PARTS:
-            splits[part] = [f"{name:s}" for name in content[part]]  # an error if it is no text
+            splits[part] = [of_type(name, str) for name in content[part]]
         return splits
 
     return read_json(run / "splits.json", parse_splits, RESTORE)
 
 
 def load_summary(run: Path) -> dict:
-    """The epochs of a tested run, its OUTCOME and, as "test", the mean of each metric. Raises
-    UserError if summary.json is missing or damaged."""
+    """The "epochs" of a tested run, its OUTCOME, and as "test" the mean of each metric.
+
+    Raises UserError if summary.json is missing or damaged.
+    """
 
     def parse_summary(content: dict) -> dict:
-        means = {}
+        summary = {"test": {}}
+        for name in ("epochs", *OUTCOME):
+            summary[name] = of_type(content.get(name), int | float | None)
         for name, statistics in content["systems"]["model"].items():
-            means[name] = statistics["mean"]
-        summary = {name: content.get(name) for name in ("epochs", *OUTCOME)}
-        for number in (*summary.values(), *means.values()):
-            if not isinstance(number, (int, float, type(None))):
-                raise TypeError("text in place of a number")
-        return {**summary, "test": means}
+            summary["test"][name] = of_type(statistics["mean"], int | float | None)
+        return summary
 
     return read_json(run / "summary.json", parse_summary, TEST_AGAIN)
 
 
 def load_result(run: Path) -> dict:
-    """What train() returns, from the summary.json of a finished run."""
+    """What train() returns of a finished run: what does not depend on how often it resumed."""
     summary = load_summary(run)
-    del summary["seconds"], summary["gpu_memory_mb"]
-    return {"run": str(run), **summary}
+    result = {"run": str(run)}
+    for name in ("epochs", "val_dice", "test"):
+        result[name] = summary[name]
+    return result
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -399,11 +415,13 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: Path, *needed: str) -> dict:
-    """A checkpoint of plain types and tensors, with a network, its config and epoch and all that is
-    `needed`. Raises UserError if it is missing or damaged."""
+    """A checkpoint of plain types and tensors; it has a model, its config and epoch.
+
+    needed: further keys that it must have. Raises UserError if it is missing or damaged.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint. Train the run first.")
-    numbers = {"epoch": int, "best_dice": float, "val_dice": float}
+    types = {"epoch": int, "best_dice": float, "val_dice": float}  # all else is a dict
     with reading(path, RESTORE):
         with zipfile.ZipFile(path) as file:  # torch.load does not test the checksums
             if file.testzip():
@@ -411,31 +429,32 @@ def load_checkpoint(path: Path, *needed: str) -> dict:
 
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("model", "config", "epoch", *needed):
-            if not isinstance(content[name], numbers.get(name, dict)):
-                raise TypeError(f"its {name} is a {type(content[name]).__name__}")
+            of_type(content[name], types.get(name, dict))
         return content
 
 
-def write_metrics(run: Path, rows: list[dict]) -> None:
-    """Write metrics.csv: a row per epoch, a field being empty where the epoch has no such value."""
-    with atomic(run / "metrics.csv") as file:
+def write_csv(path: Path, rows: list[dict] | pd.DataFrame) -> None:
+    """Write a table; what a dict lacks is an empty field."""
+    with atomic(path) as file:
         file.write(pd.DataFrame(rows).to_csv(index=False).encode())
 
 
 def read_metrics(run: Path, epochs: float = math.inf) -> list[dict]:
-    """The rows of metrics.csv up to `epochs`; [] without the file. Raises UserError if damaged."""
+    """The rows of metrics.csv up to `epochs`, without empty fields; [] if there is no file.
+
+    Raises UserError if it is damaged.
+    """
     path = run / "metrics.csv"
     if not path.exists():
         return []
     with reading(path, "Restore it; if it is removed, --resume goes on without these rows"):
-        frame = pd.read_csv(path).astype({"epoch": int})  # an error if it is text or empty
+        frame = pd.read_csv(path, dtype=float).astype({"epoch": int})  # an error if there is text
         if not frame["epoch"].is_monotonic_increasing or frame["seconds"].isna().any():
             raise ValueError("an epoch is missing")
 
         rows = []
         for record in frame[frame["epoch"] <= epochs].to_dict("records"):
-            # "+ 0" is an error if the value is text.
-            rows.append({name: v + 0 for name, v in record.items() if not pd.isna(v)})
+            rows.append({name: value for name, value in record.items() if not pd.isna(value)})
         return rows
 
 
@@ -445,12 +464,12 @@ def training_seconds(rows: list[dict]) -> float:
 
 
 def peak_gpu_memory(rows: list[dict]) -> float | None:
-    """The most MB that an epoch of these rows took on a GPU, None without one."""
+    """The most MB that an epoch of these rows took on a GPU; None if none used one."""
     return max((row.get("gpu_memory_mb", 0) for row in rows), default=0) or None
 
 
 def loss_term_names(columns) -> list[str]:
-    """The weighted loss terms among the columns of metrics.csv."""
+    """The weighted loss terms: the columns of metrics.csv without a fixed name or prefix."""
     others = {"epoch", "lr", "loss", "theta", "patches_per_s", "data_wait", "seconds"}
     prefixes = ("grad_", "val_", "gpu_")
     return [name for name in columns if name not in others and not name.startswith(prefixes)]
@@ -465,37 +484,35 @@ class LoadedRun(NamedTuple):
     model: Network
     config: Config
     device: torch.device
-    checkpoint: dict  # epoch, val_dice (None where it is not known), model, config
+    checkpoint: dict  # model, config, epoch and val_dice; of last.pt val_dice is None
 
 
 def load_run(run: Path, checkpoint: str, given: dict) -> LoadedRun:
-    """Open a trained run. checkpoint: "best" or "last"; given: options to use in place of the run's
-    own. Raises UserError."""
-    needed = ["val_dice"] if checkpoint == "best" else []
-    weights = load_checkpoint(run / f"{checkpoint}.pt", *needed)
+    """Open a trained run.
+
+    checkpoint: "best" or "last". given: options to use in place of the run's own. Raises UserError.
+    """
+    weights = load_checkpoint(run / f"{checkpoint}.pt")
     saved = load_config(run)
     changes = changed_options(weights["config"], to_dict(saved, weights_only=True))
     if changes:
         finding = f"config.json is not that of {checkpoint}.pt ({changes})"
         raise UserError(f"{run}: {finding}. {RESTORE}.")
-    val_dice = weights.get("val_dice", math.nan)  # of last.pt it is not known
+    val_dice = weights.get("val_dice", math.nan)  # last.pt has none
     weights["val_dice"] = None if math.isnan(val_dice) else val_dice
 
-    # An error in what was saved is the file's; one in what is given is the command's.
-    with reading(run / "config.json", RESTORE):
-        resolve(saved, saved.kind, simulated=saved.data is None)
-    if not variant_for(saved, saved.kind).organ_branch:
-        given = {**given, "organs": None}  # --organs is for a v5 that is opened beside this run
     config = replace(saved, **given)
-    config = resolve(config, config.kind, simulated=config.data is None)
+    if not variant_for(saved, saved.kind).organ_branch:
+        config = replace(config, organs=None)  # --organs is for a v5 that is opened beside this run
+    config = resolve(config, saved.kind)
 
     device = choose_device(config.device)
     trained_on = read_json(run / "config.json").get("ran_on")
-    if "amp" not in given and device.type != trained_on:
+    if "amp" not in given and device.type != trained_on:  # another device has another precision
         config = replace(config, amp="auto")
     model = build_model(config)
     config = choose_amp(config, device, model)
-    set_threads(config.threads, lambda text: print(text, file=sys.stderr))
+    set_threads(config.threads, to_stderr)
 
     with reading(run / f"{checkpoint}.pt", "It must fit config.json: do not mix runs"):
         model.load_state_dict(weights["model"])
@@ -505,19 +522,23 @@ def load_run(run: Path, checkpoint: str, given: dict) -> LoadedRun:
 
 # ------------------------------------------------------------------ the files of a search
 
-# Options that are columns of results.csv.
+# The options that are columns of results.csv: not the folder, which "trial" names, nor what is not
+# saved, nor what the maps say.
 SETTINGS = [name for name in OPTIONS if name not in ("out", "resume", "check", "organ_names")]
 
 
 def load_trial_record(run: Path) -> dict:
-    """trial.json: "searches" that asked for the trial, its "config" as a Config, and "studies", a
-    hash of them. Raises UserError if it is missing or damaged."""
+    """The content of trial.json.
+
+    It has "searches", which asked for the trial, its "config", here a Config, and "studies", a hash
+    of them. Raises UserError if the file is missing or damaged.
+    """
 
     def parse_record(record: dict) -> dict:
         return {
             **record,
-            "searches": [f"{name:s}" for name in record["searches"]],  # an error if it is no text
-            "studies": f"{record['studies']:s}",
+            "searches": [of_type(name, str) for name in record["searches"]],
+            "studies": of_type(record["studies"], str),
             "config": from_dict(record["config"]),
         }
 
@@ -525,43 +546,43 @@ def load_trial_record(run: Path) -> dict:
 
 
 def trial_status(run: Path, epochs: int) -> dict:
-    """A trial's status (done, failed, unfinished or waiting), its reason, epochs_done and OUTCOME.
+    """A trial's "status", its "reason", "epochs_done", OUTCOME and, if it is done, test_<metric>.
 
-    Whatever is wrong with the files of one trial must not end the search or its report: such a
-    trial has failed.
+    The status is waiting, unfinished, failed or done. Whatever is wrong with the files of one trial
+    must not end the search or its report: such a trial has failed.
     """
-    status = {"status": "waiting", "reason": "", "epochs_done": 0, **dict.fromkeys(OUTCOME)}
+    result = {"status": "waiting", "reason": "", "epochs_done": 0, **dict.fromkeys(OUTCOME)}
     try:
         if is_finished(run, epochs):
             summary = load_summary(run)
-            status |= {"status": "done", "epochs_done": epochs}
-            for name in OUTCOME:
-                status[name] = summary[name]
-            for name, mean in summary["test"].items():
-                status[f"test_{name}"] = mean
-            return status
+            result |= {"status": "done", "epochs_done": epochs}
+            result |= {name: summary[name] for name in OUTCOME}
+            result |= {f"test_{name}": mean for name, mean in summary["test"].items()}
+            return result
 
+        if (run / "config.json").exists():
+            result["status"] = "unfinished"
         rows = read_metrics(run, epochs)
         if rows:
             dices = [row["val_dice"] for row in rows if "val_dice" in row]
-            status["epochs_done"] = rows[-1]["epoch"]
-            status["val_dice"] = max(dices, default=None)
-            status["seconds"] = round(training_seconds(rows), 1)
-            status["gpu_memory_mb"] = peak_gpu_memory(rows)
-        if (run / "config.json").exists():
-            status["status"] = "unfinished"
+            result["epochs_done"] = rows[-1]["epoch"]
+            result["val_dice"] = max(dices, default=None)
+            result["seconds"] = round(training_seconds(rows), 1)
+            result["gpu_memory_mb"] = peak_gpu_memory(rows)
         if (run / "failed.txt").exists():
             message = (run / "failed.txt").read_text(errors="replace")
-            status |= {"status": "failed", "reason": message.partition("\n")[0]}
+            result |= {"status": "failed", "reason": message.partition("\n")[0]}
     except Exception as error:
         reason = f"damaged folder: {type(error).__name__}: {error}".partition("\n")[0]
-        status |= {"status": "failed", "reason": reason}
-    return status
+        result |= {"status": "failed", "reason": reason}
+    return result
 
 
 def trial_row(run: Path) -> dict:
-    """A row of results.csv: every option that the trial's version has a use for, and its
-    trial_status. Beside it "config", None where trial.json is damaged."""
+    """A row of results.csv, with "config", the trial's Config, or None if trial.json is damaged.
+
+    It has every option that applies to the trial's version, and its trial_status.
+    """
     row = {"trial": run.name, "search": "unknown", "status": "failed", "reason": ""}
     row |= dict.fromkeys((*SETTINGS, "studies", "epochs_done", *OUTCOME, "config"))
     try:
@@ -572,16 +593,17 @@ def trial_row(run: Path) -> dict:
     config = record["config"]
     applies = applicable_options(config, config.kind)
     for name in SETTINGS:
-        if applies[name] or name == "phi":
+        if applies[name] or name == "phi":  # where Φ does not apply it is "none", as in Table 2
             row[name] = format_value(getattr(config, name))
     row |= {"search": " ".join(record["searches"]), "studies": record["studies"], "config": config}
     return row | trial_status(run, config.epochs)
 
 
 def read_trials(folder: Path) -> pd.DataFrame:
-    """The trials of a search folder: a trial_row each, which are also written as results.csv, with
-    "run", the trial's folder, and "dice", its test Dice in % (MRI: of the whole tumour). Raises
-    UserError if the folder holds no trials.
+    """The trials of a search folder, a trial_row each; writes them as results.csv.
+
+    Two more columns are not in that file: "run", the trial's folder, and "dice", its test Dice in %
+    (MRI: of the whole tumour). Raises UserError if the folder holds no trials.
     """
     records = sorted(folder.glob("*/trial.json"))
     if not records:
@@ -589,12 +611,12 @@ def read_trials(folder: Path) -> pd.DataFrame:
     trials = pd.DataFrame([trial_row(record.parent) for record in records])
 
     # A full disk must not end the report; results.csv is written again with the next.
-    with contextlib.suppress(OSError), atomic(folder / "results.csv") as file:
-        file.write(trials.drop(columns="config").to_csv(index=False).encode())
+    with contextlib.suppress(OSError):
+        write_csv(folder / "results.csv", trials.drop(columns="config"))
 
     trials["run"] = [record.parent for record in records]
     trials["dice"] = np.nan
-    for name in ("test_dice", "test_dice_whole"):
+    for name in ("test_dice", "test_dice_whole"):  # of PET/CT, of MRI
         if name in trials:
             trials["dice"] = trials["dice"].fillna(100 * trials[name].astype(float))
     return trials

@@ -20,13 +20,12 @@ from common import Parser, UserError, atomic, command_line, read_json, reading
 from config import (
     OPTIONS,
     applicable_options,
-    comparison_key,
     format_value,
     parse_settings,
-    resolve,
+    unusual_options,
 )
 from metrics import Metric, align_columns, metric_values, metrics_by_name
-from runs import TEST_AGAIN, cohort_hash, is_finished, load_config, load_splits
+from runs import TEST_AGAIN, cohort_hash, is_finished, load_config, load_splits, write_csv
 
 # ------------------------------------------------------------------ which runs may share a table
 
@@ -38,54 +37,45 @@ class RunGroup(NamedTuple):
     runs: pd.DataFrame
 
 
+def describe(settings: dict) -> str:
+    """Options by name, in words; None is the default."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in settings.items())
+
+
 def group_comparable_runs(runs: pd.DataFrame, compared: Collection[str]) -> list[RunGroup]:
     """Group the runs that differ in nothing but `compared`, seed, fold and the launch.
 
-    runs: their column `config` is resolved (a run without one is left out), `studies` is a
-    cohort_hash. compared: names of options. Groups with the usual options come first.
+    runs: with the columns config (resolved; a run without one is left out) and studies, a
+    cohort_hash. compared: the options that may differ within a group. The group with the fewest
+    unusual settings comes first.
     """
     runs = runs[runs["config"].notna()]
-    keys = []
-    for run in runs.itertuples():
-        settings = comparison_key(run.config)  # what differs from the defaults of its version
+    positions = {}  # of the runs of each group, by its settings
+    for position, run in enumerate(runs.itertuples()):
+        settings = unusual_options(run.config)  # what differs from the defaults of its version
         settings.update(version=run.config.version, studies=run.studies)
-        keys.append(tuple(item for item in settings.items() if item[0] not in compared))
-
-    # Runs of equal settings are one group; the one nearest to the defaults comes first.
-    parts = []
-    for key, part in runs.groupby(pd.Series(keys, runs.index, dtype=object), sort=False):
-        parts.append((dict(key), part))
-    parts.sort(key=lambda pair: len(pair[0]))
+        key = tuple(item for item in settings.items() if item[0] not in compared)
+        positions.setdefault(key, []).append(position)
+    keys = sorted(positions, key=len)
 
     differing = []
     for name in (*OPTIONS, "studies"):
-        if len({settings.get(name) for settings, _ in parts}) > 1:
+        if len({dict(key).get(name) for key in keys}) > 1:
             differing.append(name)
 
     groups = []
-    for settings, part in parts:
-        words = []
-        for name in differing:
-            value = settings.get(name, default_among(part["config"], name))
-            words.append(f"{name} {format_value(value)}")
-        groups.append(RunGroup(", ".join(words), part))
+    for key in keys:
+        settings = dict(key)
+        about = describe({name: settings.get(name) for name in differing})
+        groups.append(RunGroup(about, runs.iloc[positions[key]]))
     return groups
-
-
-def default_among(configs: pd.Series, name: str):
-    """The value of an option in the first config whose version reads it; None without one."""
-    for config in configs:
-        value = getattr(config, name, None)
-        if value is not None:
-            return value
-    return None
 
 
 # ------------------------------------------------------------------ the tables of a search
 
 SHARED_SETS = [(3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7)]  # Table 2, Fig. 3
 SETS = [format_value(shared) for shared in SHARED_SETS]
-VERSIONS = ("v1", "v2", "v2-rec", "v3", "v4")
+VERSIONS = ("v1", "v2", "v2-rec", "v3", "v4")  # the paper's
 PHIS = {"none": "L2", "noise": "L2 + noise", "shuffle": "L2 + shuffling"}  # names of Table 2
 # Table 2 of the paper, Dice in percent: a row per training, in the order of SHARED_SETS.
 PAPER_TABLE2 = {
@@ -114,21 +104,21 @@ class DiceTable(NamedTuple):
     about: str
 
 
-def dice_table(trials: pd.DataFrame, rows: list[str], column: str, about: str) -> DiceTable:
-    """The Dice of `trials` by the options `rows` and `column`.
+def dice_table(trials: pd.DataFrame, axes: list[str], about: str) -> DiceTable:
+    """The Dice of `trials` by options: the last of `axes` has a column for each value.
 
     Its words count the runs of a cell and the missing cells, and end with `about`. Raises UserError
     if no trial has a test Dice.
     """
-    cells = trials.groupby([*rows, column])["dice"]
-    values, counts = cells.mean().unstack(column), cells.count()
+    cells = trials.groupby(axes)["dice"]
+    values, counts = cells.mean().unstack(), cells.count()
     if not counts.any():
         raise UserError("its trials have no test Dice yet")
 
     fewest, most = counts[counts > 0].min(), counts.max()
     words = "1 run"
     if most > 1:
-        span = str(most) if fewest == most else f"{fewest} to {most}"
+        span = most if fewest == most else f"{fewest} to {most}"
         words = f"mean of {span} runs (seeds, folds)"
     missing = values.isna().sum().sum()
     if missing:
@@ -144,119 +134,106 @@ def set_order(layers: str) -> tuple:
     return place, layers != "none", len(layers), layers
 
 
-def table_2(trials: pd.DataFrame, about: str = "") -> DiceTable:
+def braces(layers: str) -> str:
+    """A set L as the paper writes it: {4,5,6} for "4 5 6"."""
+    return f"{{{layers.replace(' ', ',')}}}"
+
+
+def table_2(trials: pd.DataFrame, about: str) -> DiceTable:
     """Table 2: rows (version, Φ; of v4 θ), columns the sets L."""
     trials = trials.assign(method=trials["theta"].fillna(trials["phi"]))
-    values, words = dice_table(trials, ["version", "method"], "shared", about)
-    return DiceTable(values[sorted(values, key=set_order)], words)
+    values, about = dice_table(trials, ["version", "method", "shared"], about)
+    return DiceTable(values[sorted(values, key=set_order)], about)
 
 
-def lambda_grid(trials: pd.DataFrame, about: str = "") -> DiceTable:
+def lambda_grid(trials: pd.DataFrame, about: str) -> DiceTable:
     """Supplement Fig. 1: rows λ_rec, columns λ_cls, both rising."""
     trials = trials.astype({"lambda_rec": float, "lambda_cls": float})
-    return dice_table(trials, ["lambda_rec"], "lambda_cls", about)
+    return dice_table(trials, ["lambda_rec", "lambda_cls"], about)
 
 
-def mark_best(values: pd.DataFrame, best_of_all: str, best_of_column: str) -> list[list[str]]:
-    """Numbers as text, with a mark behind the best of all and behind the best of each column."""
-    column_best = values.max()
-    rows = []
-    for row in values.to_numpy():
-        cells = []
-        for value, best in zip(row, column_best, strict=True):
-            mark = best_of_column if value == best else ""
-            if value == column_best.max():
-                mark = best_of_all
-            cells.append("–" if np.isnan(value) else f"{value:.2f}{mark}")
-        rows.append(cells)
-    return rows
+def mark_best(values: pd.DataFrame, column_mark: str) -> pd.DataFrame:
+    """The numbers as text, with a mark behind the best of each column and * behind that of all."""
+    best = values.max()
+    text = values.map("{:.2f}".format).replace("nan", "–")
+    text = text.mask(values == best, text + column_mark)
+    return text.mask(values == best.max(), text + "*")
 
 
 def table_2_text(trials: pd.DataFrame, about: str) -> str:
     """Table 2, here and in the paper, with marks for its bold and its underlined figures."""
-    values, words = table_2(trials, about)
-    index = pd.MultiIndex.from_tuples(PAPER_TABLE2)
-    paper = pd.DataFrame(PAPER_TABLE2.values(), index, SETS)
-    values = values.reindex(index=index, columns=SETS)
+    values, about = table_2(trials, about)
+    paper = pd.DataFrame(PAPER_TABLE2.values(), pd.MultiIndex.from_tuples(PAPER_TABLE2), SETS)
+    values = values.reindex(index=paper.index, columns=SETS)
 
-    heading = [""]
-    for layers in SETS:
-        heading.append(f"{{{layers.replace(' ', ',')}}}")
-    rows = [heading]
-    for version, paper_rows in paper.groupby(level=0, sort=False):
-        ours = mark_best(values.loc[[version]], "**", "*")
-        papers = mark_best(paper_rows, "**", "*")
-        methods = paper_rows.index.get_level_values(1)
-        for method, our_cells, paper_cells in zip(methods, ours, papers, strict=True):
+    rows = [["", *map(braces, SETS)]]
+    for version in paper.index.unique(level=0):
+        ours = mark_best(values.loc[version], "*")
+        papers = mark_best(paper.loc[version], "*")
+        for method, cells in (ours + " (" + papers + ")").iterrows():
             name = "learned θ" if method == "learn" else PHIS.get(method, f"θ = {method}")
-            rows.append([f"{version}  {name}", *map("{} ({})".format, our_cells, paper_cells)])
+            rows.append([f"{version}  {name}", *cells])
 
-    title = f"Table 2: test Dice in percent, in brackets the paper's; {words}"
-    return f"{title}\n{align_columns(rows)}\n* best of its box, ** also best of its version"
+    title = f"Table 2: test Dice in percent, in brackets the paper's; {about}"
+    return f"{title}\n{align_columns(rows)}\n* best of a set L, ** best of all, in each version"
 
 
 def lambda_text(trials: pd.DataFrame, about: str) -> str:
     """Supplement Fig. 1 as a table, both weights falling."""
-    values, words = lambda_grid(trials, about)
+    values, about = lambda_grid(trials, about)
     values = values.iloc[::-1, ::-1]
     rows = [["", *map("{:g}".format, values)]]
-    for weight, cells in zip(values.index, mark_best(values, "*", ""), strict=True):
+    for weight, cells in mark_best(values, "").iterrows():
         rows.append([f"{weight:g}", *cells])
 
-    title = f"Test Dice in percent over λ_rec (rows) and λ_cls (columns); {words}"
+    version = trials["version"].iloc[0]  # of all, as trials of others are another group
+    title = f"Test Dice of {version} in percent over λ_rec (rows) and λ_cls (columns); {about}"
     return f"{title}\n{align_columns(rows)}\n* best"
 
 
 def in_table_2(trial: pd.Series) -> bool:
-    cell = trial["version"], trial["theta"] or trial["phi"]
+    cell = trial["version"], trial["theta"] or trial["phi"]  # as text, or None
     return cell in PAPER_TABLE2 and trial["shared"] in SETS and trial["kind"] == "petct"
-
-
-def in_lambda_grid(trial: pd.Series) -> bool:
-    return trial["lambda_rec"] is not None and trial["lambda_cls"] is not None
 
 
 class SearchTable(NamedTuple):
     """A table that --report prints, and plots.py draws.
 
-    compared: the options on its axes. other_searches: those whose trials are not meant for it.
-    belongs: whether it has a cell for a trial. text: how it is printed.
+    searches: those whose trials it is of. compared: the options on its axes. belongs: whether it
+    has a cell for a trial. text: how it is printed.
     """
 
+    searches: set[str]
     compared: set[str]
-    other_searches: set[str]
     belongs: Callable[[pd.Series], bool]
     text: Callable[[pd.DataFrame, str], str]
 
 
 SEARCH_TABLES = {
     "table 2": SearchTable(
+        searches={"layers", "theta", "table2"},
         compared={"version", "phi", "theta", "shared"},
-        other_searches={"lambdas", "free", "claims", "organs"},
         belongs=in_table_2,
         text=table_2_text,
     ),
     "lambdas": SearchTable(
+        searches={"lambdas"},
         compared={"lambda_rec", "lambda_cls"},
-        other_searches={"layers", "theta", "table2", "free", "claims", "organs"},
-        belongs=in_lambda_grid,
+        belongs=lambda trial: trial["lambda_cls"] is not None,  # a version with T has both
         text=lambda_text,
     ),
 }
 
 
 def asked_by(trials: pd.DataFrame, *searches: str) -> pd.Series:
-    """Which trials one of the searches asked for."""
-    names = trials["search"].str.split()
-    return names.map(lambda asked: not set(asked).isdisjoint(searches)).astype(bool)
+    """Whether one of the searches asked for each trial."""
+    return trials["search"].str.split().map(set(searches).intersection).astype(bool)
 
 
 def groups_for_table(trials: pd.DataFrame, table: str) -> list[RunGroup]:
-    """The comparable groups of the trials that are meant for a row of SEARCH_TABLES."""
+    """The comparable groups of the trials that a row of SEARCH_TABLES is of."""
     row = SEARCH_TABLES[table]
-    names = trials["search"].str.split()
-    meant = names.map(lambda asked: not set(asked) <= row.other_searches).astype(bool)
-    return group_comparable_runs(trials[meant], row.compared)
+    return group_comparable_runs(trials[asked_by(trials, *row.searches)], row.compared)
 
 
 # ------------------------------------------------------------------ Tables 3-5
@@ -316,7 +293,7 @@ PAPER_TABLES = {
 }  # fmt: skip
 
 
-BUDGET = {"epochs", "steps", "crops", "batch_size"}  # one for all rows of a table
+BUDGET = {"epochs", "steps", "crops", "batch_size"}  # the same for all rows of a table
 DEFINITIONS = (
     "here: Dice in % over studies with a lesion, volumes in ml, on the studies' own grids; the "
     "paper gives neither its rule for empty masks nor a plausible unit. In brackets 95 % intervals "
@@ -328,30 +305,25 @@ DEFINITIONS = (
 def finished_runs(number: int, root: Path) -> pd.DataFrame:
     """The runs below `root` that Table `number` lists and that have test results.
 
-    Columns: run (its folder), system, config (resolved) and studies. Only what train.py and
-    --late-fusion write counts, not another evaluation of a run. Trials of a search count if `root`
-    is its folder.
+    Columns: run (its folder), system, config (resolved) and studies, a cohort_hash. Trials of a
+    search count if `root` is its folder.
     """
     table = PAPER_TABLES[number]
     systems = {row.system for row in table.rows}
     rows = []
     for file in sorted(root.glob("**/test_studies.csv")):
         run = file.parent
-        if not (run / "config.json").exists():
+        if not (run / "config.json").exists():  # another evaluation of a run
+            continue
+        if (run / "trial.json").exists() and run.parent != root:
             continue
         config = load_config(run)
-        saved = read_json(run / "config.json")
-        fusion = saved.get("late_fusion")
+        late_fusion = read_json(run / "config.json").get("late_fusion")
+        if not late_fusion and not is_finished(run, config.epochs):
+            continue  # it trains on: these results are of fewer epochs
 
-        members = [run, *map(Path, saved.get("runs", ()))]  # of a late fusion
-        if run.parent != root and any((member / "trial.json").exists() for member in members):
-            continue
-        if (run / "summary.json").exists() and not (fusion or is_finished(run, config.epochs)):
-            continue  # it trains on for more epochs, its results are of fewer
-
-        system = f"late_fusion_{fusion}" if fusion else config.version
+        system = f"late_fusion_{late_fusion}" if late_fusion else config.version
         if config.kind == table.kind and system in systems:
-            config = resolve(config, config.kind, config.data is None)
             rows.append((run, system, config, cohort_hash(load_splits(run))))
     return pd.DataFrame(rows, columns=["run", "system", "config", "studies"])
 
@@ -359,15 +331,15 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
 def runs_for_table(runs: pd.DataFrame, given: dict) -> tuple[list[RunGroup], list[str]]:
     """Choose the runs that a table of the paper holds.
 
-    These are the runs with the defaults of their system and data, but for the options `given` for
-    all rows. They are grouped by kind of data, cohort and budget. Also names each other run, with
-    the settings that keep it out.
+    They have the defaults of their system and data, but for `given`: options with one value for all
+    rows. Returns them in groups, each of one kind of data, cohort and budget; and a line for each
+    other run, with the settings that keep it out.
     """
-    set_apart = BUDGET | {"data"}  # these only set the groups apart
+    grouping = BUDGET | {"data"}  # what a group has in common
     chosen, others = [], []
     for run in runs.itertuples():
-        # What keeps a run out: an unusual setting that was not given, or a given one it has not.
-        unusual = comparison_key(run.config).keys() - set_apart - given.keys()
+        # Unusual is what is neither the default nor given, and what is given but not so here.
+        unusual = unusual_options(run.config).keys() - grouping - given.keys()
         applies = applicable_options(run.config, run.config.kind)
         for name, value in given.items():
             if applies[name] and getattr(run.config, name) != value:
@@ -375,13 +347,11 @@ def runs_for_table(runs: pd.DataFrame, given: dict) -> tuple[list[RunGroup], lis
 
         chosen.append(not unusual)
         if unusual:
-            words = []
-            for name in sorted(unusual):
-                words.append(f"{name} {format_value(getattr(run.config, name))}")
-            others.append(f"{run.run}: {', '.join(words)}")
+            settings = {name: getattr(run.config, name) for name in sorted(unusual)}
+            others.append(f"{run.run}: {describe(settings)}")
 
-    # The settings of the chosen runs are those of the table: their systems may share it.
-    compared = OPTIONS.keys() - set_apart
+    # All else is the default or given in each of the chosen runs: it cannot divide the groups.
+    compared = OPTIONS.keys() - grouping
     return group_comparable_runs(runs[np.array(chosen, bool)], compared), others
 
 
@@ -393,7 +363,7 @@ def read_test_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
         studies = pd.read_csv(io.StringIO(text), index_col="study")
         if not text.endswith("\n") or studies["has_lesion"].dtype != bool or studies.index.hasnans:
             raise ValueError("a row is cut short")
-        types = {metric.column.format(""): float for metric in metrics}
+        types = {metric.column.format(""): float for metric in metrics}  # of the model's mask
         return studies.astype({"patient": str, **types})
 
 
@@ -414,34 +384,43 @@ def pool_seeds_and_folds(runs: pd.DataFrame, metrics: list[Metric]) -> tuple[pd.
     return studies, f"{words}, {len(studies)} studies, {studies['patient'].nunique()} patients"
 
 
-def compare_to_reference(metric: Metric, studies: pd.DataFrame, reference) -> dict[str, float]:
-    """A system's value of a metric, and its difference from the reference, by column of the CSV.
+def estimate(name: str, values: pd.Series, patients: pd.Series) -> dict[str, float]:
+    """Columns of the CSV: the mean of the values of studies, its 95 % interval, their number."""
+    low, high = interval(values, patients)
+    mean = values.mean()
+    return {name: mean, f"{name}_low": low, f"{name}_high": high, f"{name}_n": len(values)}
 
-    Dice is in %, volumes are in ml. The value is the mean over the test studies with its 95 %
-    interval and their number; the difference is that on the studies that both have, with its
-    interval and the p of sign_flip. reference: its test studies, None without.
+
+def compare_to_reference(metric: Metric, studies: pd.DataFrame, reference) -> dict[str, float]:
+    """Columns of the CSV: a system's value of a metric, and its difference from the reference.
+
+    Dice is in %, volumes are in ml. The difference is that on the studies that both have, with the
+    p of sign_flip. studies, reference: their test studies; the reference may be None.
     """
-    scale = 100 if metric.name.startswith("dice") else 1
+    name = metric.name
+    scale = 100 if name.startswith("dice") else 1
     values = metric_values(studies, metric) * scale
-    low, high = interval(values, studies["patient"])
-    row = {"": values.mean(), "_low": low, "_high": high, "_n": len(values)}
+    row = estimate(name, values, studies["patient"])
 
     if reference is not None and reference is not studies:
         gains = (values - metric_values(reference, metric) * scale).dropna()  # by study
-        low, high = interval(gains, studies["patient"])
-        row |= {"_gain": gains.mean(), "_gain_low": low, "_gain_high": high, "_gain_n": len(gains)}
-        row["_p"] = sign_flip(gains, studies["patient"])
-    return {metric.name + column: value for column, value in row.items()}
+        row |= estimate(f"{name}_gain", gains, studies["patient"])
+        row[f"{name}_p"] = sign_flip(gains, studies["patient"])
+    return row
 
 
 def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The paper's figures beside ours: a row per system in the paper's order, also if it was not
-    run. And the same as Markdown, with notes."""
+    """The paper's figures beside ours, as a table and as Markdown with notes.
+
+    It has a row per system in the paper's order, also if it was not run.
+    """
     paper = PAPER_TABLES[number]
-    metrics = [metrics_by_name(paper.metrics)[name] for name in paper.metrics]
+    by_name = metrics_by_name(paper.metrics)
+    metrics = [by_name[name] for name in paper.metrics]
     studies, words = {}, {}
     for system, system_runs in runs.groupby("system"):
         studies[system], words[system] = pool_seeds_and_folds(system_runs, metrics)
+    reference = studies.get(paper.reference)
 
     rows = []
     for system, title, figures in paper.rows:
@@ -449,20 +428,19 @@ def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         for metric, figure in zip(metrics, figures, strict=True):
             row[f"{metric.name}_paper"] = figure
             if system in studies:
-                reference = studies.get(paper.reference)
                 row |= compare_to_reference(metric, studies[system], reference)
         rows.append(row)
     table = pd.DataFrame(rows)
 
     for name in paper.metrics:
         if f"{name}_p" in table:
-            table[f"{name}_p"] = holm(list(table[f"{name}_p"]))
+            table[f"{name}_p"] = holm(table[f"{name}_p"])  # NaN, as of the reference, stays
 
     notes = [DEFINITIONS]
     missing = [row.system for row in paper.rows if row.system not in studies]
     if missing:
         notes.append(f"not run: {', '.join(missing)}")
-    if len({frozenset(part.index) for part in studies.values()}) > 1:
+    if len({frozenset(tested.index) for tested in studies.values()}) > 1:
         notes.append("These runs were tested on different studies: their rows are not comparable.")
     text = align_columns(format_table(table, metrics, paper.reference), markdown=True)
     return table, "\n\n".join([text, *notes])
@@ -470,30 +448,30 @@ def beside_paper(number: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def format_table(table: pd.DataFrame, metrics: list[Metric], reference: str) -> list[list[str]]:
     """The cells of a table of the paper as text, its heading first."""
-    heading = ["Method"]
+    rows = table.to_dict("records")
+    text = pd.DataFrame({"Method": table["title"]})
     for metric in metrics:
-        for part in ("paper", "here", f"minus {reference}", "p"):
-            heading.append(f"{metric.title} {part}")
-
-    rows = [[*heading, "runs"]]
-    for row in table.to_dict("records"):
-        cells = [row["title"]]
-        for metric in metrics:
-            cells.append(f"{row[f'{metric.name}_paper']:.2f}")
-            cells.append(format_estimate(row, metric.name, ".2f") if row["runs"] else "not run")
-            cells.append(format_estimate(row, f"{metric.name}_gain", "+.2f"))
-            cells.append(format_estimate(row, f"{metric.name}_p", ".3f"))
-        rows.append([*cells, row["runs"]])
-    return rows
+        columns = {
+            "paper": (f"{metric.name}_paper", ".2f"),
+            "here": (metric.name, ".2f"),
+            f"minus {reference}": (f"{metric.name}_gain", "+.2f"),
+            "p": (f"{metric.name}_p", ".3f"),
+        }
+        for title, (name, form) in columns.items():
+            text[f"{metric.title} {title}"] = [format_estimate(row, name, form) for row in rows]
+    text["runs"] = table["runs"]
+    return [list(text), *text.to_numpy()]
 
 
 def format_estimate(row: dict, name: str, form: str) -> str:
-    """A number of a row with its interval, if there is one; a dash without the number."""
-    value, low, high = (row.get(name + end, math.nan) for end in ("", "_low", "_high"))
-    if math.isnan(value):
+    """A number of a row, with its interval if there is one; a dash if there is no number."""
+    if math.isnan(row.get(name, math.nan)):
         return "-"
-    spread = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
-    return f"{value:{form}}{spread}"
+    text = f"{row[name]:{form}}"
+    low = row.get(f"{name}_low", math.nan)
+    if not math.isnan(low):
+        text += f" [{low:{form}}, {row[f'{name}_high']:{form}}]"
+    return text
 
 
 def write_paper_table(number: int, root: Path, out: Path, given: dict) -> str:
@@ -509,7 +487,7 @@ def write_paper_table(number: int, root: Path, out: Path, given: dict) -> str:
     groups, others = runs_for_table(runs, given)
 
     tables, texts = [], []
-    for about, group_runs in groups or [RunGroup("", runs[:0])]:
+    for about, group_runs in groups or [RunGroup("", runs[:0])]:  # without any: the paper alone
         table, text = beside_paper(number, group_runs)
         tables.append(table.assign(about=about))
         texts.append(f"**{about}**\n\n{text}" if about else text)
@@ -518,8 +496,7 @@ def write_paper_table(number: int, root: Path, out: Path, given: dict) -> str:
     text = "\n\n".join(texts)
 
     out.mkdir(parents=True, exist_ok=True)
-    with atomic(out / f"table{number}.csv") as file:
-        file.write(pd.concat(tables).to_csv(index=False).encode())
+    write_csv(out / f"table{number}.csv", pd.concat(tables))
     with atomic(out / f"table{number}.md") as file:
         file.write(f"{text}\n".encode())
     return text
@@ -528,9 +505,10 @@ def write_paper_table(number: int, root: Path, out: Path, given: dict) -> str:
 def tables_command(argv: list[str] | None = None) -> None:
     """python tables.py: see the top of the file."""
     parser = Parser(description="Print and write a table of the paper, its figures beside ours.")
-    parser.add_argument("root", type=Path, metavar="RUNS", help="the folder that holds the runs")
-    parser.add_argument("--table", type=int, choices=PAPER_TABLES, required=True)
-    parser.add_argument(
+    add = parser.add_argument
+    add("root", type=Path, metavar="RUNS", help="the folder that holds the runs")
+    add("--table", type=int, choices=PAPER_TABLES, required=True)
+    add(
         "--with",
         dest="settings",
         nargs="+",
@@ -538,7 +516,7 @@ def tables_command(argv: list[str] | None = None) -> None:
         metavar="OPTION=VALUE",
         help="show the runs with these settings in place of the defaults, such as spacing=4,4,6",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the table [RUNS]")
+    add("--out", type=Path, metavar="DIR", help="folder of the table [RUNS]")
     args = parser.parse_args(argv)
     if not args.root.is_dir():
         raise UserError(f"{args.root}: no such folder. Give the folder that holds the runs.")

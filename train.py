@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tensorboardX import SummaryWriter
 from torch import nn
 from tqdm import tqdm
 
@@ -41,6 +40,11 @@ from losses import gradient_norms
 from metrics import results_table, systems_of_run
 from mirror_unet import Network, count_parameters
 
+try:
+    from tensorboardX import SummaryWriter
+except ImportError:
+    SummaryWriter = None  # a run then writes no TensorBoard events
+
 
 @dataclass
 class State:
@@ -50,14 +54,14 @@ class State:
     config: Config
     device: torch.device
     ranks: Ranks
-    model: Network  # the weights
-    net: nn.Module  # the same network as the loop calls it, compiled or data-parallel if asked
+    model: Network
+    wrapped: nn.Module  # the model as the loop calls it: compiled or data-parallel if asked
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     epoch: int = 0  # epochs done
     best_dice: float = -math.inf  # on the validation part, so far
     rows: list[dict] = field(default_factory=list)  # of metrics.csv
-    fingerprints: dict[str, str] = field(default_factory=dict)  # of the studies, for last.pt
+    fingerprints: dict[str, str] = field(default_factory=dict)  # see runs.study_fingerprints
 
 
 def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
@@ -66,54 +70,55 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
     report: called after each epoch with its row of metrics.csv. Returns {"run", "epochs",
     "val_dice", "test": {metric: mean}}. Raises UserError for bad input.
     """
-    # The machine. Under torchrun the first rank reads and writes, the others get what it found.
+    # The machine. Under torchrun rank 0 reads and writes, and sends what it read to the others.
     device = choose_device(config.device)
     ranks = Ranks(device)
     set_threads(config.threads, ranks.say)
 
     # The studies, and the config settled for them.
     folder = ranks.on_main(lambda: runs.find_data(config, ranks.say))
-    config = resolve(config, folder.kind, simulated=config.data is None)
+    config = resolve(config, folder.kind)
     cases = ranks.on_main(lambda: runs.load_cases(folder, config, ranks.say))
-    config = runs.with_organ_names(config, cases, folder, ranks.say)
+    config = runs.with_organ_names(config, cases, ranks.say)
 
     # The network comes before the run folder: a config that does not fit it leaves no trace.
     model = runs.build_model(config)
     config = choose_amp(config, device, model)
 
     with ExitStack() as stack:
-        # The run folder: a new one, or one whose run resumes. It stays locked to the end.
-        run = Path(ranks.on_main(lambda: runs.lock_run_folder(config, stack)))
+        # The run folder: a new one, or one whose run resumes. `stack` keeps it locked to the end.
+        run = ranks.on_main(lambda: runs.lock_run_folder(config, stack))
         resumes = ranks.on_main(lambda: runs.can_resume(run, config))
         if resumes and ranks.on_main(lambda: runs.is_finished(run, config.epochs)):
             ranks.say(f"finished   {run} has its test results; --epochs extends it")
             return runs.load_result(run)
 
-        # Who trains, validates and tests. --ct other swaps CT within each part.
-        begun = run if resumes else None
-        splits = ranks.on_main(lambda: runs.choose_splits(config, cases, begun, ranks.say))
-        parts = divide_cases(cases, splits)
+        # Which studies train, validate and test.
+        splits = ranks.on_main(
+            lambda: runs.choose_splits(config, cases, run if resumes else None, ranks.say)
+        )
+        parts = divide_cases(cases, splits, config.ct)
         check_batch_size(config, model, ranks.world, len(parts["train"]))
-        fingerprints = runs.study_fingerprints(parts, config.kind)
-        for part, studies in parts.items():
-            parts[part] = with_swapped_ct(studies, config.ct)
+
+        state = make_state(run, config, device, ranks, model)
+        state.fingerprints = runs.study_fingerprints(parts, config.kind)
+        if resumes:
+            restore(state)
 
         # From here on files are written.
-        state = resume_or_start(run, config, device, ranks, model, resumes, fingerprints)
         if ranks.main:
             write_json(run / "splits.json", splits)
             runs.save_config(run, config, device.type)
         loader = make_loader(parts["train"], state)
         print_run_summary(state, parts, loader)
 
-        crops = len(loader) * config.batch_size
-        with Log(run, state.epoch, config.epochs, crops, ranks.main) as log:
+        with Log(state, len(loader) * config.batch_size) as log:
             for epoch in range(state.epoch, config.epochs):
                 row = train_epoch(state, loader, epoch, log.bar)
                 if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
                     row |= validate(state, parts["val"])
                 save_epoch(state, row)
-                log.write(state.rows)
+                log.write_epoch()
                 if report:
                     report(row)
 
@@ -123,72 +128,77 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
 # ------------------------------------------------------------------ before the first epoch
 
 
-def divide_cases(cases: list[Case], splits: dict[str, list[str]]) -> dict[str, list[Case]]:
-    """The studies of each part, in the order of the splits."""
+def divide_cases(cases: list[Case], splits: dict, ct: str) -> dict[str, list[Case]]:
+    """The studies of each part, in the order of the splits. ct: --ct, which acts within a part."""
     by_name = {case.name: case for case in cases}
     parts = {}
     for part, names in splits.items():
-        parts[part] = [by_name[name] for name in names]
+        studies = [by_name[name] for name in names]
+        parts[part] = with_swapped_ct(studies, ct)
     return parts
 
 
-def check_batch_size(config: Config, model: Network, world: int, studies: int) -> None:
-    """Raises UserError for a batch that is larger than an epoch, that `world` processes cannot
-    share, or that leaves batch norm a single value."""
+def check_batch_size(config: Config, model: Network, world: int, study_count: int) -> None:
+    """Refuse a --batch-size that `world` processes cannot train with.
+
+    Raises UserError if it is larger than an epoch, if the processes cannot share it, or if it
+    leaves batch norm a single value. study_count: of the training part.
+    """
     batch = f"--batch-size {config.batch_size}"
-    crops = studies * config.crops
-    if config.batch_size > max(crops, 4):
-        finding = f"more than the {crops} crops of an epoch, of {studies} training studies"
+    crops = study_count * config.crops
+    if config.batch_size > max(crops, 4):  # 4 is the default, which suits any cohort
+        finding = f"more than the {crops} crops of an epoch, of {study_count} training studies"
         raise UserError(f"{batch}: {finding}. Use a smaller one, or more --crops.")
 
     if config.batch_size % world:
         raise UserError(f"{batch} does not divide by {world} devices.")
 
-    if max(config.patch) <= model.min_side and config.batch_size == world:
+    one_voxel_bottom = max(config.patch) <= model.min_side
+    if one_voxel_bottom and config.batch_size == world:
         finding = "with one crop per device leaves batch norm a single value at the bottom"
         remedy = "Use a larger --patch or --batch-size"
         raise UserError(f"--patch {config.patch} {finding}. {remedy}.")
 
 
-def resume_or_start(
+def make_state(
     run: Path,
     config: Config,
     device: torch.device,
     ranks: Ranks,
     model: Network,
-    resumes: bool = False,
-    fingerprints: dict[str, str] | None = None,
 ) -> State:
-    """The state of a run before its next epoch, from last.pt if it resumes. Raises UserError if the
-    studies are no longer those that the run began with."""
+    """The state of a run before its first epoch."""
     model = model.to(device, memory_format=torch.channels_last_3d)
-    state = State(
+    return State(
         run=run,
         config=config,
         device=device,
         ranks=ranks,
         model=model,
-        net=ranks.wrap(model, device, config.compile),
+        wrapped=ranks.wrap(model, device, config.compile),
         optimizer=make_optimizer(model, config, device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
-        fingerprints=fingerprints or {},
     )
-    if not resumes:
-        return state
 
+
+def restore(state: State) -> None:
+    """Bring a new state to where last.pt left the run.
+
+    Raises UserError if the studies are no longer those that the run began with.
+    """
+    last = state.run / "last.pt"
     stateful = ("model", "optimizer", "scaler")
-    checkpoint = runs.load_checkpoint(run / "last.pt", *stateful, "best_dice", "studies")
-    runs.refuse_changed_studies(run, checkpoint["studies"], state.fingerprints)
-    with reading(run / "last.pt", "Do not mix runs"):
+    checkpoint = runs.load_checkpoint(last, *stateful, "best_dice", "studies")
+    runs.refuse_changed_studies(state.run, checkpoint["studies"], state.fingerprints)
+    with reading(last, "Do not mix runs"):
         for name in stateful:
             getattr(state, name).load_state_dict(checkpoint[name])
     state.epoch = checkpoint["epoch"]
     state.best_dice = checkpoint["best_dice"]
 
-    state.rows = runs.read_metrics(run, state.epoch)
+    state.rows = runs.read_metrics(state.run, state.epoch)
     if state.rows and state.rows[-1]["epoch"] < state.epoch:
-        raise UserError(f"{run / 'metrics.csv'}: ends before last.pt. Restore or remove it.")
-    return state
+        raise UserError(f"{state.run / 'metrics.csv'}: ends before last.pt. Restore or remove it.")
 
 
 def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Adam:
@@ -255,23 +265,27 @@ def learning_rate(config: Config, epoch: int) -> float:
     return config.lr * 0.1 if dropped else config.lr
 
 
-def train_step(state: State, batch: dict, options: dict, norms: dict | None = None) -> dict:
+def train_step(
+    state: State, batch: dict, forward_options: dict, norms: dict | None = None
+) -> dict[str, torch.Tensor]:
     """One update of the weights; returns the weighted loss terms by name.
 
-    batch: images and targets as data.Patches gives them. options: what forward takes beside the
-    images (Network.step_options). norms: takes up each term's gradient norm on the shared layers.
+    batch: images and targets as data.Patches gives them. forward_options: see
+    Network.step_options. norms: a dict to fill with the norm of each term's gradient on the shared
+    layers; None saves the time that these take.
     """
     config, optimizer, scaler = state.config, state.optimizer, state.scaler
-    targets = {}
+    on_device = {}
     for name, value in batch.items():
-        targets[name] = value.to(state.device, non_blocking=True)
-    images = select_modality(targets.pop("image").float(), config.modality)  # (B, 2, W, H, D)
-    targets["ct"], targets["pet"] = images[:, :1], images[:, 1:]
+        on_device[name] = value.to(state.device, non_blocking=True)
+    images = select_modality(on_device.pop("image").float(), config.modality)  # (B, 2, W, H, D)
+    ct, pet = images[:, :1], images[:, 1:]
 
     # Φ changes what the CT branch is given, not what it has to reconstruct.
     with autocast(state.device, config.amp):
-        output = state.net(transform_ct(targets["ct"], config), targets["pet"], **options)
-    terms = runs.loss_function(config)(output, targets, config)
+        output = state.wrapped(transform_ct(ct, config), pet, **forward_options)
+    targets = {**on_device, "ct": ct, "pet": pet}
+    terms = runs.loss_function(config)(output, targets, config)  # config holds the weights λ
     if norms is not None:
         norms.update(gradient_norms(terms, state.model.shared_parameters()))
 
@@ -286,8 +300,10 @@ def train_step(state: State, batch: dict, options: dict, norms: dict | None = No
 
 
 def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
-    """One pass over the crops; returns its row of metrics.csv. Raises UserError if the loss is no
-    finite number."""
+    """One pass over the crops; returns its row of metrics.csv.
+
+    Raises UserError if the loss is not a finite number.
+    """
     config, ranks, model = state.config, state.ranks, state.model
     lr = learning_rate(config, epoch)
     for group in state.optimizer.param_groups:
@@ -295,16 +311,16 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
     model.train()
     loader.schedule.epoch = epoch
 
-    sums = 0
-    norms = {}
-    seconds_waited = 0.0
+    sums = 0  # of each loss term
+    norms = {}  # of the first step
+    seconds_waited = 0.0  # for the loader
     started = waiting_since = time.perf_counter()
     for step, batch in enumerate(loader):
         seconds_waited += time.perf_counter() - waiting_since
         torch.manual_seed(step_seed(config.seed, epoch, step, ranks.rank))
         # All ranks must train the same branches, so this seed has no rank in it.
-        options = model.step_options(step_seed(config.seed, epoch, step))
-        terms = train_step(state, batch, options, norms if step == 0 else None)
+        forward_options = model.step_options(step_seed(config.seed, epoch, step))
+        terms = train_step(state, batch, forward_options, norms if step == 0 else None)
         sums = sums + torch.stack(list(terms.values()))
         bar.update(config.batch_size)
         waiting_since = time.perf_counter()
@@ -325,7 +341,7 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
     if config.theta is not None:
         row["theta"] = model.theta.item()
     row["patches_per_s"] = len(loader) * config.batch_size / seconds
-    row["data_wait"] = seconds_waited / seconds
+    row["data_wait"] = seconds_waited / seconds  # as a share of the time
     row["seconds"] = seconds
     return row
 
@@ -338,7 +354,7 @@ def validate(state: State, cases: list[Case]) -> dict:
     started = time.perf_counter()
     ranks = state.ranks
     share = cases[ranks.rank :: ranks.world]
-    rows = evaluate(state.model, share, state.config, state.device, native=False)
+    rows = evaluate(state, share, native=False)
     means = summarize_validation(ranks.gather(rows))
     return means | {"val_seconds": time.perf_counter() - started}
 
@@ -360,14 +376,15 @@ def save_epoch(state: State, row: dict) -> None:
         "epoch": state.epoch,
         "model": state.model.state_dict(),
     }
+    # Without a lesion to validate on, Dice is NaN and best_dice stays -inf, so that the last
+    # validated epoch wins.
     dice = row.get("val_dice", -math.inf)
-    # The validation part may have no lesion, and so no Dice: then the last validated epoch is best.
-    no_dice_yet = math.isnan(dice) and state.best_dice == -math.inf
-    if dice > state.best_dice or no_dice_yet:
-        state.best_dice = -math.inf if no_dice_yet else dice
+    undefined = math.isnan(dice) and state.best_dice == -math.inf
+    if dice > state.best_dice or undefined:
+        state.best_dice = -math.inf if undefined else dice
         runs.save_checkpoint(state.run / "best.pt", {**checkpoint, "val_dice": dice})
 
-    runs.write_metrics(state.run, state.rows)
+    runs.write_csv(state.run / "metrics.csv", state.rows)
     checkpoint["optimizer"] = state.optimizer.state_dict()
     checkpoint["scaler"] = state.scaler.state_dict()
     checkpoint["best_dice"] = state.best_dice
@@ -380,7 +397,7 @@ def test_best_checkpoint(state: State, val: list[Case], test: list[Case]) -> dic
 
     The threshold on T's study score is chosen on the validation part. Returns what train() does.
     """
-    run, config, device, ranks = state.run, state.config, state.device, state.ranks
+    run, config, ranks = state.run, state.config, state.ranks
     ranks.barrier()  # the first rank may still be writing best.pt
     started = time.perf_counter()
     best = runs.load_checkpoint(run / "best.pt", "val_dice")
@@ -389,12 +406,13 @@ def test_best_checkpoint(state: State, val: list[Case], test: list[Case]) -> dic
 
     share = slice(ranks.rank, None, ranks.world)
     bar = "test" if ranks.main else ""
-    rows = ranks.gather(evaluate(state.model, test[share], config, device, bar=bar))
-    threshold = tumor_threshold(state.model, val[share], config, device, gather=ranks.gather)
+    rows = ranks.gather(evaluate(state, test[share], bar=bar))
+    threshold = tumor_threshold(state, val[share], gather=ranks.gather)
     add_tumor_calls(rows, threshold)
 
     if ranks.main:
-        plots.pictures(run, state.model, test, config, device)
+        plots.draw_curves(run)
+        plots.draw_examples(run, state, test)
         seconds = runs.training_seconds(state.rows) + time.perf_counter() - started
         facts = {
             "checkpoint_epoch": best["epoch"],
@@ -417,30 +435,34 @@ def test_best_checkpoint(state: State, val: list[Case], test: list[Case]) -> dic
 
 
 class Log:
-    """A progress bar, a line per epoch, TensorBoard events and, every three minutes, curves.png."""
+    """A progress bar, a line per epoch, TensorBoard events and, every three minutes, curves.png.
 
-    def __init__(self, run: Path, start: int, epochs: int, crops: int, main: bool):
-        """start: epochs done before; crops: of one epoch; main: whether this rank speaks."""
-        self.run = run
-        self.start = start
-        self.epochs = epochs
-        self.main = main
+    Only rank 0 prints and writes. crops: those of one epoch.
+    """
+
+    def __init__(self, state: State, crops: int):
+        self.state = state
+        self.start = state.epoch  # epochs done before this launch
         self.drawn = time.perf_counter()
+        epochs_to_do = state.config.epochs - self.start
         self.bar = tqdm(
-            total=(epochs - start) * crops,
+            total=epochs_to_do * crops,
             unit="patch",
             leave=False,
-            disable=None if main else True,
+            disable=None if state.ranks.main else True,
         )
 
         # purge_step hides what an interrupted run logged later. The writer's own thread never
         # flushes: it would die of a full disk without a word, and the run wait for it for ever.
-        self.events = run / "tensorboard"
+        self.events = state.run / "tensorboard"
         self.writer = None
-        if main and start < epochs:
+        if SummaryWriter and state.ranks.main and epochs_to_do:
             with writing(self.events):
                 self.writer = SummaryWriter(
-                    str(self.events), purge_step=start + 1, max_queue=1000, flush_secs=10**6
+                    str(self.events),
+                    purge_step=self.start + 1,
+                    max_queue=1000,
+                    flush_secs=10**6,
                 )
 
     def __enter__(self):
@@ -451,26 +473,28 @@ class Log:
         if self.writer:
             try:
                 self.writer.close()
-            except OSError:  # a full disk, which write() has reported
+            except OSError:  # a full disk, which write_epoch() has reported
                 events = self.writer.file_writer.event_writer
                 events._worker.stop()
                 events.close = lambda: None  # else it is tried again when Python ends
 
-    def write(self, rows: list[dict]) -> None:
-        """Report the last of the rows of metrics.csv."""
-        if not self.main:
-            return
+    def write_epoch(self) -> None:
+        """Report the last row of metrics.csv."""
+        rows = self.state.rows
         row = rows[-1]
-        with writing(self.events):
-            self.log_events(row)
+        if self.writer:
+            with writing(self.events):
+                self.log_events(row)
 
+        if not self.state.ranks.main:
+            return
         epochs_done = row["epoch"] - self.start
         seconds_per_epoch = runs.training_seconds(rows[-epochs_done:]) / epochs_done
-        seconds_left = seconds_per_epoch * (self.epochs - row["epoch"])
+        seconds_left = seconds_per_epoch * (self.state.config.epochs - row["epoch"])
         tqdm.write(epoch_line(row, seconds_left, heading=epochs_done == 1))
 
         if time.perf_counter() - self.drawn > 180:  # a figure takes a second or two
-            plots.curves(self.run)
+            plots.draw_curves(self.state.run)
             self.drawn = time.perf_counter()
 
     def log_events(self, row: dict) -> None:
@@ -519,8 +543,8 @@ def parse_train(argv: list[str] | None = None) -> Config:
     if not any((run / name).exists() for name in files_of_a_run):
         return Config(**given)
 
-    # Only options that were given are compared, and before resolve() could say that another version
-    # or Φ has no use for them. --amp auto may stand for the saved precision: can_resume() sees.
+    # Only options that were given are compared; train() would complain of a changed --version in
+    # other words. can_resume() compares --amp, once it is known what auto stands for.
     saved = runs.load_config(run)
     checked = check_options(Config(**given))
     asked = {}

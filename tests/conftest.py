@@ -226,7 +226,7 @@ def finished(base):
 @pytest.fixture(scope="session")
 def cases(base):
     folder = runs.find_data(base)
-    config = resolve(base, folder.kind, simulated=False)
+    config = resolve(base, folder.kind)
     return runs.load_cases(folder, config)
 
 
@@ -238,7 +238,7 @@ def make_config(version="v1", kind="petct", **options):
     if kind == "mri":
         options.setdefault("data", "tumours")
     config = Config(version=version, **options)
-    return resolve(config, kind, simulated=config.data is None)
+    return resolve(config, kind)
 
 
 def make_run(root, name, config, rows, age=0, **record):
@@ -288,7 +288,7 @@ def make_trial(
     for epoch, val_dice in enumerate(val_dices, start=1):
         rows.append({"epoch": epoch, "val_dice": val_dice, "seconds": 10.0, "val_seconds": 1.5})
     if rows:
-        runs.write_metrics(run, rows)
+        runs.write_csv(run / "metrics.csv", rows)
 
     if status == "done":
         metric = "dice" if config.kind == "petct" else "dice_whole"

@@ -200,7 +200,7 @@ plots --qualitative run mri --out f => mri: its kind or spacing differ
 plots search => search: no figure to draw of fig_s1_lambdas
 plots run => run: no trials of a search
 plots no => no: no trials of a search
-plots search --qualitative run => Give the folder of a search, or
+plots search --qualitative run => not allowed with argument
 plots search --study a => go with --qualitative
 plots search --device cpu => go with --qualitative
 plots --qualitative run => say where to write the figure with --out
@@ -216,7 +216,8 @@ bench metrics --repeat 0 => --repeat: 0 is no number from 1
 tune => --search --report is required
 tune --search all => --search: invalid choice
 tune --search theta --version v1 --data tcia => --search theta: --theta has no effect on v1
-tune --search free --samples 0 => --samples 0: it is for --search free, and at least 1
+tune --search free --samples 0 => --samples 0: a number, at least 1
+tune --search theta --samples 3 => --samples 3: it is for --search free
 tune --report search --lr 1 => --report takes no other option
 tune --report nn => nn: no trials of a search
 $SEARCH tcia --seed 0 -1 => --seed -1: a number, from 0
@@ -341,7 +342,7 @@ def place(tmp_path, tmp_path_factory, monkeypatch, tcia, nnunet, msd, base):
         msd(5, root=made / "msd")
         with monkeypatch.context() as patch:
             patch.chdir(made)
-            patch.setattr(plots, "pictures", lambda *args: None)
+            patch.setattr(plots, "draw_examples", lambda *args: None)
             config = replace(base, cache="cache", lr=1e-3, phi=None, folds=5)
             train.train(replace(config, data="tcia", out="run", spacing=(8.0,) * 3))
             train.train(replace(config, version="v1", data="msd", out="mri", spacing=(2.0,) * 3))

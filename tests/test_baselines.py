@@ -12,7 +12,15 @@ from torch import nn
 import baselines
 from baselines import SYSTEMS, System, SystemRow, Valindria
 from losses import dice_ce
-from mirror_unet import MASKS, Output, Variant, count_parameters, decide, encode, foreground_logits
+from mirror_unet import (
+    MASK_TASK,
+    Output,
+    Variant,
+    count_parameters,
+    decide,
+    encode,
+    foreground_logits,
+)
 
 torch.set_num_threads(1)  # tensors are small: more threads only wait for each other
 
@@ -33,8 +41,10 @@ COUNTS = {
     "valindria": (6_929_064, 6_931_070),  # Mirror U-Net v4 with L = {5}, less θ
     "segresnet": (4_701_346, 4_701_363),
 }
-EXTRA = {"nnunet": {"deep"}, "blackbean": {"deep"}, "sfnet": {"weight", "s"}}
-OTHER_FIELDS = {  # beside `seg`
+FIELDS = {  # of the output, beside `seg`
+    "nnunet": {"extra"},
+    "blackbean": {"extra"},
+    "sfnet": {"extra"},
     "andrearczyk": {"tumor"},
     "deepmts": {"tumor"},
     "weninger": {"ct", "btl", "tumor"},
@@ -43,22 +53,24 @@ OTHER_FIELDS = {  # beside `seg`
 CLASSES = {"petct": 2, "mri": 3}
 SIDES = (32, 32, 32)
 LIGHT = [name for name in SYSTEMS if name != "blackbean"]  # that is nnunet with more channels
+STEPS = [("petct", name) for name in LIGHT]
+STEPS += [("mri", "nnunet"), ("mri", "weninger"), ("mri", "valindria")]
 
 
-def build_system(name, kind="petct", patch=(96, 96, 96)):
-    config = SimpleNamespace(kind=kind, patch=patch, norm="shared")
+def build_system(name, kind="petct", side=96):
+    config = SimpleNamespace(kind=kind, patch=(side, side, side), norm="shared")
     return SYSTEMS[name].build(config)
 
 
 @cache
-def sizes_only(name, kind="petct", patch=(96, 96, 96)):
+def sizes_only(name, kind="petct", side=96):
     with torch.device("meta"):
-        return build_system(name, kind, patch)
+        return build_system(name, kind, side)
 
 
-def net_of(name, kind="petct"):
+def small_net(name, kind="petct"):
     torch.manual_seed(0)
-    return build_system(name, kind, SIDES)
+    return build_system(name, kind, 32)
 
 
 def wave(phase, sides=SIDES):
@@ -66,12 +78,22 @@ def wave(phase, sides=SIDES):
     return ((torch.sin(0.37 * t + phase) + 1) / 2).float().reshape(2, 1, *sides)
 
 
-CT, PET = wave(0.0), wave(1.0)
+CT = wave(0.0)
+PET = wave(1.0)
 
 
 def batch_of(ct, pet, classes=2):
-    mask = (torch.arange(ct.numel()) // 7 % 11 % classes).reshape(ct.shape)[:, 0]
-    return {"ct": ct, "pet": pet, "mask": mask, "tumor": torch.tensor([1.0, 0.0])}
+    mask = torch.arange(ct.numel()) // 7 % 11 % classes
+    return {
+        "ct": ct,
+        "pet": pet,
+        "mask": mask.reshape(ct.shape)[:, 0],
+        "tumor": torch.tensor([1.0, 0.0]),
+    }
+
+
+def system_loss(name, out, batch):
+    return SYSTEMS[name].loss(out, batch, None)
 
 
 def fill(net):
@@ -105,53 +127,52 @@ def record_inputs(module):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_system_has_its_size(name):
-    for kind, expected in zip(CLASSES, COUNTS[name], strict=True):
-        assert count_parameters(sizes_only(name, kind)) == expected
+    petct, mri = COUNTS[name]
+    assert count_parameters(sizes_only(name)) == petct
+    assert count_parameters(sizes_only(name, "mri")) == mri
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [(n, "petct") for n in LIGHT] + [(n, "mri") for n in ("nnunet", "weninger", "valindria")],
-)
-def test_a_step_fills_the_fields_and_trains_every_parameter(name, kind):
-    net, classes = net_of(name, kind), CLASSES[kind]
+@pytest.mark.parametrize(("kind", "name"), STEPS)
+def test_a_step_fills_the_fields_and_trains_every_parameter(kind, name):
+    classes = CLASSES[kind]
+    net = small_net(name, kind)
     out = net(CT, PET)
-    fields = {"seg"} | OTHER_FIELDS.get(name, set())
-    assert set(net.heads) == (fields | {"extra"} if name in EXTRA else fields)
-    assert set(out.extra or {}) == EXTRA.get(name, set())
-    for field in Output._fields[:-1]:
-        value = getattr(out, field)
+    fields = {"seg"} | FIELDS.get(name, set())
+    assert set(net.heads) == fields
+    for field, value in out._asdict().items():
         if field not in fields:
             assert value is None
         elif field == "tumor":
             assert value.shape == (2,)
-        else:
+        elif field != "extra":
             channels = 1 if name == "weninger" and field != "seg" else classes
             assert value.shape == (2, channels, *SIDES)
             assert field == "seg" or net.variant.tasks[field].channels == channels
 
-    assert net.variant.classes == MASKS[kind].classes
-    assert net.variant.mask_tasks and net.variant.one_softmax
-    learns_tumor = "class_label" in SYSTEMS[name].options
-    assert net.variant.tumor == ("tumor" in fields) == learns_tumor
-    terms = SYSTEMS[name].loss(out, batch_of(CT, PET, classes), None)
+    assert net.variant.classes == MASK_TASK[kind].classes
+    assert net.variant.one_softmax
+    assert net.variant.tumor == ("tumor" in fields)
+    terms = system_loss(name, out, batch_of(CT, PET, classes))
     sum(terms.values()).backward()
     for p in net.parameters():
-        assert p.grad is not None and torch.isfinite(p.grad).all()
+        assert p.grad is not None
+        assert torch.isfinite(p.grad).all()
 
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_the_mask_alone_equals_the_full_pass_and_sees_what_it_should(name):
-    net = net_of(name).eval().requires_grad_(False)
-    ct, pet = CT[:1].clone().requires_grad_(), PET[:1].clone().requires_grad_()
+    net = small_net(name).eval().requires_grad_(False)
+    ct = CT[:1].clone().requires_grad_()
+    pet = PET[:1].clone().requires_grad_()
     alone = net(ct, pet, heads=("seg",))
     alone.seg[:, 1].sum().backward()
-    assert has_gradient(ct) == (name != "pet") and has_gradient(pet) == (name != "ct")
+    assert has_gradient(ct) == (name != "pet")
+    assert has_gradient(pet) == (name != "ct")
 
     with torch.inference_mode():
         full = net(ct, pet)
         assert torch.equal(alone.seg, full.seg)
-        for field in set(net.heads) - {"seg", *net.branches}:
+        for field in set(net.heads) - {"seg", *net.scored_branches}:
             assert getattr(alone, field) is None
             if field != "extra":
                 value = getattr(net(ct, pet, heads=(field,)), field)
@@ -163,50 +184,56 @@ def test_the_mask_alone_equals_the_full_pass_and_sees_what_it_should(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_patches_that_do_not_fit_are_refused(name):
     net = sizes_only(name)
+    limits = f"divide by {net.stride} and are at least {net.min_side}"
     for side in (net.min_side - net.stride, net.min_side + net.stride // 2):
         image = torch.zeros(1, 1, net.min_side, side, net.min_side)
-        with pytest.raises(ValueError, match=f"divide by {net.stride}"):
+        with pytest.raises(ValueError, match=limits):
             net(image, image)
 
 
-def test_the_message_about_a_patch_names_every_limit():
-    cube = torch.zeros(1, 1, 64, 64, 32)
-    net = sizes_only("nnunet", patch=(128, 128, 128))
-    with pytest.raises(ValueError, match="same shape.* divide by 32 and are at least 64"):
-        net(cube, cube)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_differs_between_systems_is_in_their_rows(name):
+    learns_tumor = name in ("andrearczyk", "deepmts", "weninger")
+    expected = ("class_label",) if learns_tumor else ()
+    assert SYSTEMS[name].options == (("norm",) if name == "valindria" else expected)
+    assert sizes_only(name).one_branch_per_step == (name == "valindria")
 
 
-def test_what_differs_between_systems_is_in_their_rows():
-    for name, row in SYSTEMS.items():
-        learns_tumor = name in ("andrearczyk", "deepmts", "weninger")
-        expected = ("class_label",) if learns_tumor else ()
-        assert row.options == (("norm",) if name == "valindria" else expected)
-        assert sizes_only(name).one_branch_per_step == (name == "valindria")
-    assert SYSTEMS["blackbean"].loss is SYSTEMS["nnunet"].loss is baselines.loss_deep
+def test_deep_supervision_is_that_of_nnunet_and_blackbean():
+    assert SYSTEMS["nnunet"].loss is baselines.loss_deep
+    assert SYSTEMS["blackbean"].loss is baselines.loss_deep
+
+
+def test_an_unknown_kind_of_data_is_refused():
     with pytest.raises(ValueError, match=r"'ct'.*petct, mri"):
         build_system("pet", "ct")
 
 
 def smallest_map(name, side):
     """The smallest side of what a 3^3 convolution of the system sees in a patch of side^3."""
-    net = copy.deepcopy(sizes_only(name, patch=(side, side, side)))
-    inputs = []
+    net = copy.deepcopy(sizes_only(name, side=side))
+    records = []
     for layer in net.modules():
         if isinstance(layer, nn.Conv3d) and layer.kernel_size > (1, 1, 1):
-            inputs.append(record_inputs(layer))
+            records.append(record_inputs(layer))
     image = torch.empty(1, 1, side, side, side, device="meta")
     net(image, image)
-    return min(min(x.shape[2:]) for recorded in inputs for x in recorded)
+    sides = []
+    for inputs in records:
+        for x in inputs:
+            sides.extend(x.shape[2:])
+    return min(sides)
 
 
 def test_bf16_has_no_maps_of_2_voxels_on_the_cpu():
     """There torch 2.13 leaves the weight gradient of a bf16 conv3d over 2x2x2 maps unset."""
     for name in SYSTEMS:
-        least = sizes_only(name).bf16_min_side
-        assert least == (64 if name == "deepmts" else 48)
+        side = sizes_only(name).bf16_min_side
+        assert side == (64 if name == "deepmts" else 48)
         if name in ("pet", "andrearczyk", "deepmts"):
-            assert smallest_map(name, least) > 2
-    assert smallest_map("deepmts", 48) == 2 == smallest_map("pet", 32)
+            assert smallest_map(name, side) > 2
+    assert smallest_map("deepmts", 48) == 2
+    assert smallest_map("pet", 32) == 2
 
 
 class Tiny(System):
@@ -214,26 +241,27 @@ class Tiny(System):
 
     def __init__(self, kind="petct"):
         super().__init__(kind)
-        self.layers = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.ReLU())
-        self.output = nn.Conv3d(4, self.classes, 3, padding=1)
+        self.conv = nn.Conv3d(2, self.classes, 3, padding=1)
 
-    def forward(self, ct, pet, heads=None):
-        self.check_inputs(ct, pet, heads)
-        images = torch.cat([ct, pet], dim=1)
-        return Output(self.output(self.layers(images)))
+    def compute(self, images, wanted):
+        return Output(self.conv(images))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_system_of_your_own_is_a_class_and_a_row(monkeypatch, kind):
     monkeypatch.setitem(SYSTEMS, "tiny", SystemRow(lambda c: Tiny(c.kind)))
-    net = net_of("tiny", kind)
+    net = small_net("tiny", kind)
     out = net(CT, PET, **net.step_options(1))
-    terms = SYSTEMS["tiny"].loss(out, batch_of(CT, PET, CLASSES[kind]), None)
+    terms = system_loss("tiny", out, batch_of(CT, PET, CLASSES[kind]))
     assert list(terms) == ["seg"]
     terms["seg"].backward()
-    assert trained(net.layers) and trained(net.output)
-    assert net.variant == Variant(pet=MASKS[kind]) and net.heads == ("seg",)
-    assert (net.theta, net.branches, net.shared_parameters()) == (None, (), [])
+    assert trained(net)
+
+    assert net.variant == Variant(pet=MASK_TASK[kind])
+    assert net.heads == ("seg",)
+    assert net.theta is None
+    assert net.scored_branches == ()
+    assert net.shared_parameters() == []
     present = net.decide(foreground_logits(out.seg)[0])
     assert present.shape == (CLASSES[kind] - 1, *SIDES)
     with pytest.raises(ValueError, match="has seg"):
@@ -255,7 +283,7 @@ def test_a_system_of_your_own_is_a_class_and_a_row(monkeypatch, kind):
     ],
 )
 def test_values_of_the_public_networks(name, kind, expected):
-    net = fill(net_of(name, kind))
+    net = fill(small_net(name, kind))
     with torch.inference_mode():
         net(CT, PET)  # in training mode, for the running statistics of the batch norms
         seg = net.eval()(CT[1:], PET[1:]).seg
@@ -268,19 +296,21 @@ def test_values_of_the_public_networks(name, kind, expected):
 
 
 def test_middle_fusion_joins_the_bottoms_and_every_skip():
-    net = net_of("middle_fusion").eval()
+    net = small_net("middle_fusion").eval()
     inputs = [record_inputs(layer) for layer in net.decoder]
     with torch.inference_mode():
         net(CT, PET)
         maps = encode({"ct": net.ct, "pet": net.pet}, {"ct": CT, "pet": PET})
-    pairs = {number: torch.cat([x["ct"], x["pet"]], dim=1) for number, x in maps.items()}
+    pairs = {}
+    for number, x in maps.items():
+        pairs[number] = torch.cat([x["ct"], x["pet"]], dim=1)
     assert torch.equal(inputs[0][0], torch.cat([pairs[4], pairs[5]], dim=1))
     for (x,), number in zip(inputs, (4, 3, 2, 1), strict=True):
         skip = pairs[number]
         assert torch.equal(x[:, : skip.shape[1]], skip)
 
 
-def test_nnunet_has_a_stage_per_halving_of_the_patch_each_with_an_output():
+def test_nnunet_has_a_stage_per_halving_of_the_patch():
     cubes = {32: 4, 48: 4, 64: 5, 96: 5, 112: 5, 128: 6, 144: 5, 192: 6, 256: 7}
     for side, stages in cubes.items():
         assert baselines.stages_of((side, side, side)) == stages
@@ -288,17 +318,20 @@ def test_nnunet_has_a_stage_per_halving_of_the_patch_each_with_an_output():
     assert baselines.stages_of((128, 96, 128)) == 5
     # dynamic_network_architectures: 31,196,458 for 2 -> 2, 31,198,068 for 2 -> 4, so that a class
     # more has 805: the five decoder widths and a bias for each
-    six = sizes_only("nnunet", "mri", (128, 128, 128))
+    six = sizes_only("nnunet", "mri", 128)
     assert count_parameters(six) == (31_196_458 + 31_198_068) / 2 == 31_196_458 + 805
+
+
+def test_nnunet_has_logits_at_every_size():
     image = torch.empty(1, 1, 64, 32, 32, device="meta")
-    out = sizes_only("nnunet", patch=(64, 64, 64))(image, image)
+    out = sizes_only("nnunet", side=64)(image, image)
     sizes = [out.seg, *out.extra["deep"]]
     for logits, s in zip(sizes, (1, 2, 4, 8), strict=True):
         assert logits.shape == (1, 2, 64 // s, 32 // s, 32 // s)
 
 
 def test_nnunet_starts_with_weights_of_he():
-    for conv in net_of("nnunet").down[1:].modules():
+    for conv in small_net("nnunet").down[1:].modules():
         if isinstance(conv, nn.Conv3d):
             expected = math.sqrt(2 / (1 + 0.01**2) / conv.weight[0].numel())
             assert conv.weight.std().item() == pytest.approx(expected, rel=0.02)
@@ -311,31 +344,40 @@ def test_deep_supervision_weights():
 
 
 def test_deep_supervision_compares_every_size_with_the_nearest_voxel():
-    mask = (torch.arange(2 * 8**3) * 7 % 11 % 2).reshape(2, 8, 8, 8)
-    logits = []
+    mask = torch.arange(2 * 8**3) * 7 % 11 % 2
+    mask = mask.reshape(2, 8, 8, 8)
+    sizes = []
     for n in (8, 4, 2):
-        logits.append(3 * torch.sin(0.7 * torch.arange(4 * n**3)).reshape(2, 2, n, n, n))
-    out = Output(logits[0], extra={"deep": logits[1:]})
-    loss = baselines.loss_deep(out, {"mask": mask}, None)["seg"]
+        logits = 3 * torch.sin(0.7 * torch.arange(4 * n**3))
+        sizes.append(logits.reshape(2, 2, n, n, n))
+    out = Output(sizes[0], extra={"deep": sizes[1:]})
+    loss = system_loss("nnunet", out, {"mask": mask})["seg"]
     half = mask[:, 1::2, 1::2, 1::2]  # the voxels nearest to the centres of the coarse ones
-    expected = 2 / 3 * dice_ce(mask, logits[0]) + 1 / 3 * dice_ce(half, logits[1])
+    expected = 2 / 3 * dice_ce(mask, sizes[0]) + 1 / 3 * dice_ce(half, sizes[1])
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_sizes_of_the_published_configurations():
+@pytest.mark.parametrize(("filters", "count"), [(16, 4_702_227), (32, 18_798_627)])
+def test_size_of_the_published_segresnet(filters, count):
     with torch.device("meta"):
-        for filters, count in ((16, 4_702_227), (32, 18_798_627)):  # MONAI, four modalities in
-            net = baselines.SegResNet("mri", filters)
-            net.encoder = baselines.res_encoder(4, filters, bias=False)
-            assert count_parameters(net) == count
-        # SFNet.py: 32 filters, three modalities in, three sigmoids and two fusion maps out
+        net = baselines.SegResNet("mri", filters)
+        net.encoder = baselines.res_encoder(4, filters, bias=False)  # MONAI: four modalities
+    assert count_parameters(net) == count
+
+
+def test_size_of_the_published_sfnet():
+    # SFNet.py: 32 filters, three modalities in, three sigmoids and two fusion maps out
+    with torch.device("meta"):
         decoder = baselines.ResDecoder(32, bias=True, align_corners=True)
         encoder = baselines.res_encoder(3, 32, bias=True)
-        heads = (32 + 1) * (3 + 2)
-        assert count_parameters(encoder) + 2 * count_parameters(decoder) + heads == 20_007_109
-        net = baselines.DeepMTS()  # networks.py
-        parts = [net.down, net.up, net.logits]
-        assert sum(map(count_parameters, parts)) == 2_664_066
+    heads = (32 + 1) * (3 + 2)
+    assert count_parameters(encoder) + 2 * count_parameters(decoder) + heads == 20_007_109
+
+
+def test_size_of_the_published_unet_of_deepmts():
+    net = sizes_only("deepmts")  # networks.py
+    parts = [net.down, net.up, net.logits]
+    assert sum(map(count_parameters, parts)) == 2_664_066
 
 
 # MONAI 1.6.1: SSIMMetric(3, data_range=1.0, win_size=11, kernel_sigma=1.5).
@@ -347,11 +389,14 @@ def test_ssim_equals_monai():
         baselines.ssim(x[..., :10], x[..., :10])
 
 
-def test_the_fusion_loss_of_sfnet():
+@pytest.mark.parametrize("w", [0.0, 0.25, 1.0])  # from CT to PET
+def test_the_fusion_loss_of_sfnet(w):
     ct = wave(0.0, (12, 12, 12))
     pet = 0.5 * wave(1.0, (12, 12, 12)) ** 2
     batch = batch_of(ct, pet)
     seg = torch.zeros(2, 2, 12, 12, 12)
+    extra = {"weight": torch.full_like(ct, w), "s": torch.tensor(0.5)}
+    terms = system_loss("sfnet", Output(seg, extra=extra), batch)
 
     def mse(x, y):
         return (x - y).square().mean().item()
@@ -359,33 +404,35 @@ def test_the_fusion_loss_of_sfnet():
     def unlike(x, y):
         return 1 - baselines.ssim(x, y).item()
 
-    for w in (0.0, 0.25, 1.0):  # from CT to PET
-        f = w * pet + (1 - w) * ct
-        fusion = 2 * mse(f, pet) + mse(f, ct) + 2 * unlike(f, ct) + unlike(f, pet)
-        extra = {"weight": torch.full_like(ct, w), "s": torch.tensor(0.5)}
-        terms = baselines.loss_sfnet(Output(seg, extra=extra), batch, None)
-        assert set(terms) == {"seg", "fusion"}
-        assert terms["fusion"].item() == pytest.approx(math.exp(-0.5) * fusion + 0.5, abs=1e-5)
-        assert terms["seg"].item() == pytest.approx(dice_ce(batch["mask"], seg).item())
+    f = w * pet + (1 - w) * ct
+    fusion = 2 * mse(f, pet) + mse(f, ct) + 2 * unlike(f, ct) + unlike(f, pet)
+    assert set(terms) == {"seg", "fusion"}
+    assert terms["fusion"].item() == pytest.approx(math.exp(-0.5) * fusion + 0.5, abs=1e-5)
+    assert terms["seg"].item() == pytest.approx(dice_ce(batch["mask"], seg).item())
 
 
-def test_sfnet_weighs_by_a_sigmoid_of_a_decoder_without_skips():
-    net = net_of("sfnet").eval()
-    skips = []
-    net.encoder[0].register_forward_hook(lambda _, __, x: skips.append(x))
+def test_the_mask_of_sfnet_has_skips_and_its_fusion_weights_have_none():
+    net = small_net("sfnet").eval()
+    full_size_maps = []
+    net.encoder[0].register_forward_hook(lambda _, __, x: full_size_maps.append(x))
     for level in net.encoder[1:]:  # cut the other way from the full-size map to the decoders
         level.register_forward_hook(lambda _, __, x: x.detach())
     out = net(CT, PET)
-    for logits, reaches in ((out.seg, True), (out.extra["weight"], False)):
-        (gradient,) = torch.autograd.grad(logits.sum(), skips[0], allow_unused=True)
-        assert (gradient is not None) == reaches
+    for output, has_skip in ((out.seg, True), (out.extra["weight"], False)):
+        (gradient,) = torch.autograd.grad(output.sum(), full_size_maps[0], allow_unused=True)
+        assert (gradient is not None) == has_skip
 
+
+def test_sfnet_weighs_by_a_sigmoid():
+    net = small_net("sfnet").eval()
     with torch.inference_mode():
         net.weight.weight.zero_()
         net.weight.bias.fill_(math.log(3))
         extra = net(CT, PET).extra
+    assert set(extra) == {"weight", "s"}
     assert torch.allclose(extra["weight"], torch.full_like(CT, 0.75))
-    assert extra["s"].item() == 0 and net.s.requires_grad
+    assert extra["s"].item() == 0
+    assert net.s.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -397,16 +444,18 @@ def test_the_weight_of_the_classification(name, weight):
     seg = torch.zeros(2, 2, 4, 4, 4)
     out = Output(seg, ct=ct + 0.5, btl=ct - 0.2, tumor=torch.tensor([2.0, -1.0]))
     bce = (math.log1p(math.exp(-2)) + math.log1p(math.exp(-1))) / 2
-    expected = {"seg": dice_ce(batch["mask"], seg).item(), "cls": weight * bce}
+    expected = {"seg": dice_ce(batch["mask"], seg), "cls": weight * bce}
     if name == "weninger":  # 0.1 times the mean over both images
         expected["rec_ct"] = 0.1 * 0.25 / 2
         expected["rec_pet"] = 0.1 * 0.04 / 2
-    terms = SYSTEMS[name].loss(out, batch, None)
-    assert {term: float(value) for term, value in terms.items()} == pytest.approx(expected)
+    terms = system_loss(name, out, batch)
+    assert terms.keys() == expected.keys()
+    for term, value in expected.items():
+        assert float(terms[term]) == pytest.approx(float(value))
 
 
 def test_the_classifier_of_andrearczyk_reads_every_encoder_stage_and_no_decoder():
-    net = net_of("andrearczyk").eval()
+    net = small_net("andrearczyk").eval()
     assert [stage[0].conv[0].kernel_size[0] for stage in net.down] == [7, 3, 3, 3, 3]
     inputs = record_inputs(net.classifier)
     net(CT, PET, heads=("tumor",)).tumor.sum().backward()
@@ -416,39 +465,42 @@ def test_the_classifier_of_andrearczyk_reads_every_encoder_stage_and_no_decoder(
         assert not trained(part)
 
 
-def test_coarse_stages_of_andrearczyk_add_to_the_last_one():
-    net = net_of("andrearczyk").eval()
+@pytest.mark.parametrize(("stage", "factor"), [(0, 8), (1, 4), (2, 2)])
+def test_coarse_stages_of_andrearczyk_add_to_the_last_one(stage, factor):
+    net = small_net("andrearczyk").eval()
     inputs = record_inputs(net.logits)
     with torch.inference_mode():
         for p in net.convs[-1].parameters():
             p.zero_()
-        for kept, factor in ((0, 8), (1, 4), (2, 2)):
-            for i, conv in enumerate(net.full_size):
-                conv.bias.fill_(1.0 if i == kept else -1e9)
-            net(CT, PET)
+        for i, conv in enumerate(net.full_size):
+            conv.bias.fill_(1.0 if i == stage else -1e9)
+        net(CT, PET)
 
-            x = inputs.pop()[:, :, :8, :8, :8]
-            blocks = x[:, :, ::factor, ::factor, ::factor]
-            for axis in (2, 3, 4):
-                blocks = blocks.repeat_interleave(factor, axis)
-            assert torch.equal(x, blocks) and x.any()
-            half = factor // 2
-            values = x[:, :, ::half, ::half, ::half].unique()  # of more than one block
-            assert factor == 8 or len(values) > 8
+    x = inputs[0][:, :, :8, :8, :8]
+    blocks = x[:, :, ::factor, ::factor, ::factor]
+    for axis in (2, 3, 4):
+        blocks = blocks.repeat_interleave(factor, axis)
+    assert torch.equal(x, blocks)
+    assert x.any()
+    if factor < 8:  # there is more than one block
+        half = factor // 2
+        values = x[:, :, ::half, ::half, ::half].unique()
+        assert len(values) > 8
 
 
 def test_the_classifier_of_deepmts_sees_the_foreground_and_its_outcome_reaches_the_mask():
-    net = net_of("deepmts", "mri").eval()
+    net = small_net("deepmts", "mri").eval()
     inputs = record_inputs(net.dense_net)
     out = net(CT, PET)
     assert torch.equal(inputs[0][:, :2], torch.cat([CT, PET], dim=1))
     assert torch.allclose(inputs[0][:, 2], 1 - out.seg.softmax(dim=1)[:, 0], atol=1e-6)
     out.tumor.sum().backward()
-    assert trained(net.logits) and trained(net.up)
+    assert trained(net.logits)
+    assert trained(net.up)
 
 
 def test_weninger_reconstructs_both_images_from_the_bottom_alone():
-    net = net_of("weninger").eval()
+    net = small_net("weninger").eval()
     assert [convs[0].in_channels for convs in net.rec_decoder.convs] == [128, 64, 32]
     assert [convs[0].in_channels for convs in net.decoder.convs] == [192, 96, 48]
     bottoms = record_inputs(net.rec_decoder)
@@ -456,29 +508,32 @@ def test_weninger_reconstructs_both_images_from_the_bottom_alone():
     both = net.rec_decoder(bottoms[0])
     assert torch.equal(torch.cat([out.ct, out.btl], dim=1), both)
     (out.tumor.sum() + out.ct.sum()).backward()
-    assert trained(net.down) and not trained(net.decoder)
+    assert trained(net.down)
+    assert not trained(net.decoder)
 
 
-def test_valindria_trains_one_branch_and_decides_by_the_mean_of_both():
-    net = net_of("valindria")
-    shared = net.shared_parameters()
-    assert sum(p.numel() for p in shared) == 2_688_770
+def test_valindria_draws_either_branch_for_half_of_the_steps():
+    net = sizes_only("valindria")
+    branches = [net.step_options(number)["branch"] for number in range(20)]
+    assert branches.count("ct") == branches.count("pet") == 10
+    assert sizes_only("ct").step_options(1) == {}
 
-    options = [net.step_options(number) for number in range(20)]
-    assert net_of("ct").step_options(1) == {}
-    for branch, other in (("ct", "pet"), ("pet", "ct")):
-        assert options.count({"branch": branch}) == 10
-        net.zero_grad()
-        out = net(CT, PET, branch=branch)
-        assert torch.equal(out.seg, getattr(out, branch))
-        assert getattr(out, other) is None
-        terms = SYSTEMS["valindria"].loss(out, batch_of(CT, PET), None)
-        terms["seg"].backward()
-        trained_ids = {id(p) for p in net.parameters() if p.grad is not None}
-        assert trained_ids == {id(p) for p in getattr(net, branch).parameters()}
 
+@pytest.mark.parametrize(("branch", "other"), [("ct", "pet"), ("pet", "ct")])
+def test_valindria_trains_one_branch(branch, other):
+    net = small_net("valindria")
+    out = net(CT, PET, branch=branch)
+    assert torch.equal(out.seg, getattr(out, branch))
+    assert getattr(out, other) is None
+    system_loss("valindria", out, batch_of(CT, PET))["seg"].backward()
+    trained_ids = {id(p) for p in net.parameters() if p.grad is not None}
+    assert trained_ids == {id(p) for p in getattr(net, branch).parameters()}
+
+
+def test_valindria_decides_by_the_mean_of_both_branches():
+    net = small_net("valindria").eval()
     with torch.inference_mode():
-        out = net.eval()(CT, PET)
+        out = net(CT, PET)
         assert torch.equal(out.ct, net(CT, PET, branch="ct").seg)
         assert torch.equal(out.pet, net(CT, PET, branch="pet").seg)
     assert torch.allclose(out.seg, (out.ct + out.pet) / 2)
@@ -488,6 +543,8 @@ def test_valindria_shares_its_bottom_and_may_keep_the_norms_apart():
     net = Valindria()
     for number, (ct, pet) in enumerate(zip(net.ct, net.pet, strict=True), start=1):
         assert (ct is pet) == (number == 5)
+    assert sum(p.numel() for p in net.shared_parameters()) == 2_688_770
+
     apart = Valindria(norm="private")
     assert apart.ct[4].shortcut is apart.pet[4].shortcut
     for a, b in zip(apart.ct[4].modules(), apart.pet[4].modules(), strict=True):

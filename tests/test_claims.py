@@ -149,7 +149,7 @@ def test_a_claim_that_cannot_be_computed_is_left_out_with_the_reason(tmp_path):
     make_claim(tmp_path, "v3", DICES, 1, name="volume", class_label="volume")
     broken = make_claim(tmp_path, "v1", DICES, 7)
     (broken / "test_studies.csv").unlink()
-    text = claims.claims_text(read_trials(tmp_path))
+    text = claims.claims_text(read_trials(tmp_path), "")
     assert text.count("left out: v3: two trials of seed 1 were tested on one study") == 1
     assert f"left out: {broken / 'test_studies.csv'}: No such file" in text
     assert "supported" not in text

@@ -115,7 +115,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, name, capsys)
         elif name == "a.pt":
             runs.save_checkpoint(path, {"a": np.ones(9), "b": 1})
         elif name == "metrics.csv":
-            runs.write_metrics(tmp_path, [{"epoch": 1}])
+            runs.write_csv(tmp_path / "metrics.csv", [{"epoch": 1}])
         else:
             figure, axis = plt.subplots()
             axis.imshow(np.random.default_rng(0).random((300, 300)))

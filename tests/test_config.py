@@ -16,13 +16,13 @@ from config import (
     Config,
     add_flags,
     applicable_options,
-    comparison_key,
     describe_run,
     format_value,
     from_dict,
     parse_settings,
     resolve,
     to_dict,
+    unusual_options,
 )
 from mirror_unet import VARIANTS
 
@@ -57,37 +57,35 @@ PHANTOM = {"patch": (48, 48, 48), "folds": 3, "lr": 1e-3, "epochs": 10, "lr_drop
 
 
 @pytest.mark.parametrize(
-    "kind, version, simulated, expected",
+    "version, kind, data, expected",
     [
-        ("petct", "v1", False, PAPER),
-        ("petct", "v2", False, PAPER),
-        ("petct", "v3", False, {**PAPER, "lambda_cls": 1e-3}),
-        ("petct", "v4", False, {**PAPER, **PAPER_V4}),
-        ("mri", "v1", False, PAPER_MRI),
-        ("mri", "v2", False, PAPER_MRI),
-        ("mri", "v2-rec", False, {"lambda_seg": 0.5, "lambda_rec": 1e-4, "phi": "shuffle"}),
-        ("petct", "v2", True, PHANTOM),
-        ("petct", "v3_ct_only", False, {"modality": "ct", "lambda_cls": 1e-3, "phi": "shuffle"}),
-        ("petct", "v5", False, {"lambda_org": 0.1, "lambda_cls": 1e-3, "phi": "none"}),
-        ("petct", "nnunet", False, {"lambda_seg": None, "phi": "none", "theta": None}),
+        ("v1", "petct", "d", PAPER),
+        ("v2", "petct", "d", PAPER),
+        ("v3", "petct", "d", {**PAPER, "lambda_cls": 1e-3}),
+        ("v4", "petct", "d", {**PAPER, **PAPER_V4}),
+        ("v1", "mri", "d", PAPER_MRI),
+        ("v2", "mri", "d", PAPER_MRI),
+        ("v2-rec", "mri", "d", {"lambda_seg": 0.5, "lambda_rec": 1e-4, "phi": "shuffle"}),
+        ("v2", "petct", None, PHANTOM),
+        ("v3_ct_only", "petct", "d", {"modality": "ct", "lambda_cls": 1e-3, "phi": "shuffle"}),
+        ("v5", "petct", "d", {"lambda_org": 0.1, "lambda_cls": 1e-3, "phi": "none"}),
+        ("nnunet", "petct", "d", {"lambda_seg": None, "phi": "none", "theta": None}),
     ],
 )
-def test_defaults_are_those_of_the_paper(kind, version, simulated, expected):
-    config = resolve(Config(version=version), kind, simulated)
-    values = asdict(config)
+def test_defaults_are_those_of_the_paper(version, kind, data, expected):
+    values = asdict(make_config(version, kind, data=data))
     assert {name: values[name] for name in expected} == expected
-    assert config.kind == kind
+    assert values["kind"] == kind
     unset = {name for name, value in values.items() if value is None}
     optional = {"data", "organs", "out", "steps", "splits", "theta"}
     assert all(name in optional or name.startswith("lambda") for name in unset)
 
 
 def test_the_run_is_described():
-    plain = resolve(Config(version="v2"), "petct", False)
-    assert describe_run(plain) == "Mirror U-Net v2, L={5}, Φ shuffle"
-    joint = resolve(Config(version="v2", bottleneck="joint"), "petct", False)
-    assert describe_run(joint).endswith("shuffle, joint bottleneck (0.26 M more)")
-    assert describe_run(resolve(Config(version="nnunet"), "petct", False)) == "nnunet"
+    assert describe_run(make_config("v2")) == "Mirror U-Net v2, L={5}, Φ shuffle"
+    joint = make_config("v2", bottleneck="joint")
+    assert describe_run(joint).endswith("Φ shuffle, joint bottleneck")
+    assert describe_run(make_config("nnunet")) == "nnunet"
 
 
 def test_given_options_are_kept():
@@ -102,13 +100,13 @@ def test_given_options_are_kept():
         lr_drop=0,
         rec="mse",
     )
-    config = resolve(given, "petct", False)
+    config = resolve(given, "petct")
     assert (config.epochs, config.lr_drop, config.phi, config.lambda_rec) == (7, 0, "none", 0.0)
     assert (config.patch, config.spacing, config.shared) == ((32,) * 3, (4.0,) * 3, (3, 7))
-    assert resolve(config, "petct", False) == config  # settled once
-    assert resolve(replace(given, lambda_rec=None), "petct", False).lambda_rec == 1e-3
-    assert resolve(Config(version="v4", theta=0.3), "petct", False).theta == 0.3
-    assert resolve(Config(version="v4", theta="learn"), "petct", False).theta == "learn"
+    assert resolve(config, "petct") == config  # settled once
+    assert resolve(replace(given, lambda_rec=None), "petct").lambda_rec == 1e-3
+    for theta in (0.3, "learn"):
+        assert make_config("v4", theta=theta).theta == theta
 
 
 def test_options_of_phi_apply_with_it():
@@ -187,7 +185,7 @@ def test_options_that_do_not_fit_are_named(row):
     line, message = row.split(" : ", 1)
     kind, *words = line.split()
     with pytest.raises(UserError, match=f"^{message}"):
-        resolve(train.parse_train(words), kind, False)
+        resolve(train.parse_train(words), kind)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,7 @@ def test_options_that_do_not_fit_are_named(row):
 )
 def test_options_of_a_script_that_do_not_fit(options, message):
     with pytest.raises(UserError, match=message):
-        resolve(Config(**options), "petct", False)
+        resolve(Config(**options), "petct")
 
 
 def test_every_option_is_a_flag_in_a_group_and_every_version_is_listed(capsys):
@@ -255,7 +253,7 @@ def test_bad_command_lines_end_with_code_2(line, capsys):
 
 
 def test_a_saved_config_comes_back():
-    config = resolve(Config(version="v4", data="d", out="o"), "petct", False)
+    config = make_config("v4", data="d", out="o")
     saved = to_dict(config)
     assert saved["shared"] == [5]
     assert from_dict(saved) == config
@@ -282,9 +280,7 @@ def test_a_saved_config_that_is_damaged(change, message):
 
 
 def key(version="v3", kind="petct", data="d", **options):
-    return comparison_key(
-        resolve(Config(version=version, data=data, **options), kind, data is None)
-    )
+    return unusual_options(make_config(version, kind, data=data, **options))
 
 
 def test_runs_are_the_same_but_for_seed_fold_and_launch():

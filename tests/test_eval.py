@@ -46,6 +46,11 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+def opened(model, **options):
+    """The model as load_run would return it."""
+    return LoadedRun(model, replace(CONFIG, **options), CPU, {})
+
+
 # ------------------------------------------------------------------ classes and thresholds
 
 
@@ -60,39 +65,43 @@ def network(kind, version):
     return model
 
 
+def digits(mask):
+    return "".join(map(str, mask.astype(int).ravel()))
+
+
 @pytest.mark.parametrize(
     "version, mask",
     [
-        ("v2-rec", [1, 2, 2, 0, 0]),  # of one softmax the larger logit wins
-        ("v1", [3, 3, 2, 0, 0]),  # on branches of their own both may be present
+        ("v2-rec", "12200"),  # of one softmax the larger logit wins
+        ("v1", "33200"),  # on branches of their own both may be present
     ],
 )
 def test_bitmasks_and_labels(version, mask):
     bitmask = evaluation.class_bitmask(TWO_CLASSES, network("mri", version).decide)
-    assert bitmask.ravel().tolist() == mask
-    assert evaluation.label_map(TWO_CLASSES).ravel().tolist() == [1, 2, 2, 0, 0]
+    assert digits(bitmask) == mask
+    assert digits(evaluation.label_map(TWO_CLASSES)) == "12200"
 
 
 def test_an_ensemble_joins_the_masks_of_its_members():
-    members = [LoadedRun(network("petct", "v1"), CONFIG, CPU, {})] * 2
-    for join, mask in (("union", [1, 1, 1, 0, 0]), ("intersection", [1, 1, 0, 0, 0])):
-        joined = Ensemble(members, join).decide(TWO_CLASSES)
-        assert joined.ravel().tolist() == mask
-    mean = Ensemble(members).decide(TWO_CLASSES[1:])
-    assert mean.ravel().tolist() == [1, 1, 1, 0, 0]
+    members = [opened(network("petct", "v1"))] * 2
+    for join, mask in {"union": "11100", "intersection": "11000"}.items():
+        assert digits(Ensemble(members, join).decide(TWO_CLASSES)) == mask
+    assert digits(Ensemble(members).decide(TWO_CLASSES[1:])) == "11100"
 
 
 def test_validation_is_over_lesions_and_classes():
-    rows = []
-    for score in (0.4, 0.6):
-        rows.append({"has_lesion": True, "dice": score, "fpv_ml": 9.0})
-    for volume in (0.0, 3.0):
-        rows.append({"has_lesion": False, "dice": 0.0, "fpv_ml": volume})
+    rows = [
+        {"has_lesion": True, "dice": 0.4, "fpv_ml": 9.0},
+        {"has_lesion": True, "dice": 0.6, "fpv_ml": 9.0},
+        {"has_lesion": False, "dice": 0.0, "fpv_ml": 0.0},
+        {"has_lesion": False, "dice": 0.0, "fpv_ml": 3.0},
+    ]
     means = evaluation.summarize_validation(rows)
     assert means == {"val_dice": 0.5, "val_fpv_healthy_ml": 1.5}
-    brain = {"has_lesion": True, "dice_whole": 0.3, "dice_edema": math.nan, "dice_core": 0.9}
-    assert evaluation.summarize_validation([brain]) == {"val_dice": pytest.approx(0.6)}
     assert math.isnan(evaluation.summarize_validation(rows[2:])["val_dice"])
+    brain = {"dice_whole": 0.3, "dice_edema": math.nan, "dice_core": 0.9}
+    means = evaluation.summarize_validation([{"has_lesion": True, **brain}])
+    assert means == {"val_dice": pytest.approx(0.6)}
 
 
 @pytest.mark.parametrize(
@@ -146,17 +155,23 @@ def slide(run, image, **options):
 @pytest.mark.parametrize("weights, error", [("constant", 0), ("gaussian", 1e-5)])
 def test_sliding_the_identity_returns_the_image(shape, overlap, weights, error):
     image = np.random.default_rng(0).integers(-99, 99, (2, *shape)).astype(np.float16)
-    options = dict(patch=(16, 8, 12), overlap=overlap, window_weights=weights, window_batch=3)
-    result = slide(lambda windows: windows[:, :1], image, **options)
+    result = slide(
+        lambda windows: windows[:, :1],
+        image,
+        patch=(16, 8, 12),
+        overlap=overlap,
+        window_weights=weights,
+        window_batch=3,
+    )
     assert result.dtype == np.float32
     assert np.allclose(result, image[:1], rtol=error)  # sums of whole numbers are exact
 
 
 def test_gaussian_weights_fall_to_a_floor():
     x, y, z = [gaussian(side, side / 8) for side in (16, 8, 12)]
-    expected = np.maximum(np.multiply.outer(np.outer(x, y), z), 1e-3)
+    product = np.einsum("i,j,k->ijk", x, y, z)
     weights = evaluation.window_weights((16, 8, 12), "gaussian")
-    assert np.allclose(weights, expected, rtol=1e-5)
+    assert np.allclose(weights, np.maximum(product, 1e-3), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["constant", "gaussian"])
@@ -165,8 +180,13 @@ def test_windows_are_averaged_by_their_weights(kind):
     x = torch.arange(16.0)
     rising = x[:, None, None].expand(2, 1, 16, 8, 8)
     image = np.zeros((2, 24, 8, 8), np.float32)
-    options = dict(patch=(16, 8, 8), overlap=0.5, window_weights=kind)
-    result = slide(lambda windows: rising, image, **options)
+    result = slide(
+        lambda windows: rising,
+        image,
+        patch=(16, 8, 8),
+        overlap=0.5,
+        window_weights=kind,
+    )
     weight = evaluation.window_weights((16, 8, 8), kind)[:, 4, 4]
     first, second = weight[8:], weight[:8]
     middle = (first * x[8:] + second * x[:8]) / (first + second)
@@ -191,34 +211,38 @@ def test_out_of_memory_takes_fewer_windows(memory):
         with pytest.raises(UserError, match=r"no memory for one window of \(16, 16, 16\)"):
             slide(run, NOISE, window_batch=8)
         return
-    assert np.allclose(slide(run, NOISE, window_batch=8), NOISE[:1])
+    result = slide(run, NOISE, window_batch=8)
+    assert np.allclose(result, NOISE[:1])
     assert batches[0] == 8
     assert set(batches[1:]) == ({1} if memory < 8 else {8, 3})
 
 
 @pytest.mark.parametrize(
     "modality, channels",
-    [("both", [0, 1]), ("pet", [1, 1])],
+    [
+        ("both", [0, 1]),
+        ("pet", [1, 1]),
+    ],
 )
 def test_infer_is_the_network_on_each_window(modality, channels):
     """The 8 windows of 16^3 side by side, each on its own."""
     torch.manual_seed(0)
     model = MirrorUNet("v3", channels=(4, 8, 8, 16, 16)).train()
-    config = replace(CONFIG, modality=modality, overlap=0.0)
-    heads = ("seg", "ct", "tumor")
-    maps, tumor = evaluation.infer(model, NOISE, config, CPU, heads)
+    loaded = opened(model, modality=modality, overlap=0.0)
+    maps, tumor = evaluation.infer(loaded, NOISE, heads=("seg", "ct", "tumor"))
     scores = []
     for x, y, z in itertools.product((0, 16), repeat=3):
         box = np.s_[:, x : x + 16, y : y + 16, z : z + 16]
         ct, pet = torch.from_numpy(NOISE[box]).float()[channels, None, None]
         with torch.no_grad():
             output = model(ct, pet)
-        logits = output.seg[0].numpy()
-        assert np.allclose(maps["seg"][box], logits[1:] - logits[:1], atol=1e-5)
+        background, lesion = output.seg[0].numpy()
+        assert np.allclose(maps["seg"][box], lesion - background, atol=1e-5)
         assert np.allclose(maps["ct"][box], output.ct[0], atol=1e-5)  # an image
         scores.append(output.tumor.sigmoid().item())
     assert tumor == pytest.approx(max(scores), abs=1e-6)
-    assert math.isnan(evaluation.infer(model, NOISE, config, CPU).tumor)
+    assert evaluation.infer(loaded, NOISE, heads=("tumor",)) == ({}, tumor)
+    assert math.isnan(evaluation.infer(loaded, NOISE).tumor)
 
 
 # ------------------------------------------------------------------ the grid of the files
@@ -245,7 +269,8 @@ class Brightness(Network):
     variant = VARIANTS["mri"]["v1"]
 
     def forward(self, ct, pet, heads):
-        return Output(seg=torch.cat([torch.zeros_like(ct), ct, 2 * pet], dim=1))
+        background = torch.zeros_like(ct)
+        return Output(seg=torch.cat([background, ct, 2 * pet], dim=1))
 
 
 def turned(degrees, spacing, order=(0, 1, 2), signs=(1, 1, 1)):
@@ -308,8 +333,8 @@ def l_shaped_study(folder, grid):
 def predict(tmp_path, scan, model=None, **options):
     """The mask that is predicted for tmp_path/in, and its path. It must have the grid of `scan` in
     every field of the header that a viewer may use."""
-    run = LoadedRun(model or Threshold(), replace(CONFIG, **options), CPU, {})
-    [path] = evaluation.predict(run, tmp_path / "in", tmp_path / "out", overwrite=True)
+    loaded = opened(model or Threshold(), **options)
+    [path] = evaluation.predict(loaded, tmp_path / "in", tmp_path / "out", overwrite=True)
     image, scan = nib.load(path), nib.load(scan)
     assert type(image) is type(scan)
     mask, scan = image.header, scan.header
@@ -354,12 +379,11 @@ def test_bad_studies_are_reported_after_the_good_ones_are_written(tmp_path, caps
     l_shaped_study(tmp_path / "in" / "PETCT_1" / "a", "RAS")
     _, broken = l_shaped_study(tmp_path / "in" / "PETCT_0" / "b", "RAS")
     broken.write_bytes(broken.read_bytes()[:200])
-    run = LoadedRun(Threshold(), CONFIG, CPU, {})
-    lenient = run._replace(config=replace(CONFIG, skip_bad=True))
+    strict, lenient = opened(Threshold()), opened(Threshold(), skip_bad=True)
     places = tmp_path / "in", tmp_path / "out"
     report = "1 studies were predicted; 1 problems .*\n.*b/SUV.nii.gz: cannot be"
     with pytest.raises(UserError, match=report):
-        evaluation.predict(run, *places)
+        evaluation.predict(strict, *places)
     assert [path.name for path in places[1].iterdir()] == ["PETCT_1__a.nii.gz"]
     with pytest.raises(UserError, match="PETCT_1__a.nii.gz: exists already.* Add --overwrite"):
         evaluation.predict(lenient, *places)
@@ -386,8 +410,9 @@ def test_evaluation_is_on_the_grid_of_the_files(tmp_path):
     label[18:20, 13:15, 22:24] = 1  # missed: cold
     positive, _ = case_of(tmp_path / "positive", label)
     model = Threshold()
-    model.branches = ("ct",)
-    row, alarm = evaluation.evaluate(model, [positive, negative], CONFIG, CPU)
+    model.scored_branches = ("ct",)
+    loaded = opened(model)
+    row, alarm = evaluation.evaluate(loaded, [positive, negative])
     assert (row["study"], row["patient"], row["has_lesion"]) == ("p/s", "p", True)
     hot = int((pet > 5).sum())
     hot_ml = pytest.approx(hot * 0.03)
@@ -399,7 +424,7 @@ def test_evaluation_is_on_the_grid_of_the_files(tmp_path):
     assert row["mtv_true_ml"] == row["ct_fnv_ml"] == pytest.approx(200 * 0.03)
     assert row["ct_dice"] == row["ct_mtv_pred_ml"] == 0
     assert "ct_mtv_true_ml" not in row
-    [cached] = evaluation.evaluate(model, [positive], CONFIG, CPU, native=False)
+    [cached] = evaluation.evaluate(loaded, [positive], native=False)
     assert cached["dice"] == pytest.approx(row["dice"])
     assert {"suv4_dice", "ct_dice"}.isdisjoint(cached)
 
@@ -415,7 +440,7 @@ def others(tmp_path_factory, base, finished):
         config = replace(base, version=version, seed=seed)
         if version != "v1":
             config = replace(config, widths=Config().widths, phi=None)
-        config = resolve(config, "petct", simulated=False)
+        config = resolve(config, "petct")
         content = {"epoch": 7, "val_dice": 0.25}
         content["model"] = build_model(config).state_dict()
         content["config"] = to_dict(config, weights_only=True)
@@ -428,6 +453,10 @@ def others(tmp_path_factory, base, finished):
 
 def evaluate(*words):
     evaluation.eval_command([str(word) for word in words])
+
+
+def read_studies(folder):
+    return pd.read_csv(folder / "test_studies.csv", index_col="study")
 
 
 def change_config(run, **values):
@@ -445,14 +474,15 @@ def test_table_of_two_runs(others, finished, tmp_path, capsys):
     run = finished[0]
     evaluate(run, others / "v1", "--out", tmp_path)
     table = capsys.readouterr().out.splitlines()
-    assert re.split("  +", table[0].strip()) == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
+    heading = re.split("  +", table[0].strip())
+    assert heading == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
     assert "T accuracy" in table[8] and len(table) == 12
     results = (tmp_path / run.name / "test_studies.csv").read_bytes()
     assert results == (run / "test_studies.csv").read_bytes()
     assert b"tumor_score" in results
 
-    frame = pd.read_csv(tmp_path / "v1" / "test_studies.csv")
-    assert sorted(frame["study"]) == read_json(run / "splits.json")["test"]
+    frame = read_studies(tmp_path / "v1")
+    assert sorted(frame.index) == read_json(run / "splits.json")["test"]
     assert "tumor_score" not in frame
     summary = read_json(tmp_path / "v1" / "summary.json")
     facts = [summary[name] for name in ("checkpoint_epoch", "part", "val_dice", "rule")]
@@ -469,8 +499,8 @@ def test_an_ensemble_averages_the_logits(base, cases, others, finished, tmp_path
     case = next(case for case in cases if case.name == name)
     foregrounds = []
     for run in runs:
-        model, config, *_ = load_run(run, "best", {})
-        foregrounds.append(evaluation.infer(model, case.load("images"), config, CPU).maps["seg"])
+        loaded = load_run(run, "best", {})
+        foregrounds.append(evaluation.infer(loaded, case.load("images")).maps["seg"])
     mask = logits_to_native(case.meta, sum(foregrounds) / 2, evaluation.label_map)
 
     shutil.copytree(Path(base.data, name), tmp_path / "in" / name)
@@ -478,7 +508,7 @@ def test_an_ensemble_averages_the_logits(base, cases, others, finished, tmp_path
     [path] = (tmp_path / "masks").iterdir()
     assert np.array_equal(np.asarray(nib.load(path).dataobj), mask)
     evaluate(*runs, "--ensemble", "--out", tmp_path / "both")
-    row = pd.read_csv(tmp_path / "both" / "test_studies.csv", index_col="study").loc[name]
+    row = read_studies(tmp_path / "both").loc[name]
     assert row["mtv_pred_ml"] == pytest.approx(mask.sum() * 0.15)
     assert "tumor_score" not in row
     assert str(tmp_path / "both") in capsys.readouterr().out
@@ -504,7 +534,7 @@ def test_other_parts_and_moved_data(base, cases, finished, tmp_path, capsys):
     moved = ("--data", tmp_path / "moved", "--cache", tmp_path / "cache", "--out", tmp_path)
     evaluate(run, *moved)  # still the test part
     test = read_json(run / "splits.json")["test"]
-    assert sorted(pd.read_csv(results / "test_studies.csv")["study"]) == test
+    assert sorted(read_studies(results).index) == test
     capsys.readouterr()
     evaluate(run, *moved, "--part", "all")
     assert "6 of these 9 studies trained or selected it" in capsys.readouterr().err
@@ -528,16 +558,21 @@ def test_late_fusion_is_what_its_name_says(others, tmp_path, capsys):
         folders.append(folder)
         assert capsys.readouterr().out.split()[0] == str(folder)
         record = read_json(folder / "config.json")
-        assert record["late_fusion"] == join and record["runs"] == [*map(str, runs)]
-        assert record["config"]["version"] == "ct" and (folder / "splits.json").exists()
-    ml = [pd.read_csv(folder / "test_studies.csv")["mtv_pred_ml"] for folder in folders]
+        assert record["late_fusion"] == join
+        assert record["runs"] == [*map(str, runs)]
+        assert record["config"]["version"] == "ct"
+        assert (folder / "splits.json").exists()
+    ml = [read_studies(folder)["mtv_pred_ml"] for folder in folders]
     ct, pet, logits, union, intersection = ml
     assert np.allclose(union + intersection, ct + pet)
     assert (intersection < np.minimum(logits, pet)).all()
     assert (union > np.maximum(logits, pet)).all()
 
 
-@pytest.mark.parametrize("name, value", [("overlap", 0.5), ("patch", [32] * 3), ("ct", "other")])
+DIFFERENT = {"overlap": 0.5, "patch": [32, 32, 32], "ct": "other"}
+
+
+@pytest.mark.parametrize("name, value", DIFFERENT.items())
 def test_late_fusion_refuses_runs_that_differ(others, tmp_path, name, value):
     other = shutil.copytree(others / "pet", tmp_path / "pet")
     words = (others / "ct", other, "--late-fusion", "union", "--out", tmp_path / "out")

@@ -196,7 +196,7 @@ def test_a_layout_trains_and_predicts(base, tmp_path, monkeypatch, capsys, name)
         ):
             assert np.array_equal(volumes[slot].data, array), slot
 
-    monkeypatch.setattr(train.plots, "pictures", lambda *args: None)
+    monkeypatch.setattr(train.plots, "draw_examples", lambda *args: None)
     config = replace(
         base,
         version="v2",

@@ -1,11 +1,12 @@
 """metrics.py: worked values of the challenge, means over studies, and tables of results."""
 
+import io
 import json
 import math
 import re
-from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import metrics
@@ -43,7 +44,8 @@ CORNER = ((6, 6, 6), 1)  # shares a corner with DOT
     ],
 )
 def test_worked_values_of_the_challenge(truth, pred, dice, fpv, fnv):
-    truth, spacing = 2 * boxes(*truth), (2, 2, 3)
+    spacing = (2, 2, 3)
+    truth = 2 * boxes(*truth)
     pred = boxes(*pred)
     pred = -pred.cumsum(axis=0, dtype=float) * pred  # any value but 0 is foreground
     assert metrics.dice(pred, truth) == pytest.approx(dice, nan_ok=True)
@@ -51,16 +53,23 @@ def test_worked_values_of_the_challenge(truth, pred, dice, fpv, fnv):
     assert metrics.false_negative_volume(pred, truth, spacing) == pytest.approx(fnv)
 
 
+def score(pred, truth):
+    return metrics.score_study(pred, truth, ("lesion",), (1, 1, 1))
+
+
 def test_lesions_are_counted_by_their_components():
     """Of three lesions, two touching in a corner only, one is found by two parts of the mask; one
     part is false."""
     truth = boxes(((1, 1, 1), 2), ((3, 3, 3), 2))
     truth[8, 1:9, 8] = 1
-    pred = boxes(((8, 1, 8), 1), ((8, 6, 8), 1), ((0, 11, 11), 1))
+    pred = np.zeros_like(truth)
+    for voxel in ((8, 1, 8), (8, 6, 8), (0, 11, 11)):
+        pred[voxel] = 1
 
-    score = partial(metrics.score_study, names=("lesion",), spacing=(1, 1, 1))
     row = score(pred, truth)
-    assert (row["lesions_found"], row["lesions_missed"], row["lesions_false"]) == (1, 2, 1)
+    assert row["lesions_found"] == 1
+    assert row["lesions_missed"] == 2
+    assert row["lesions_false"] == 1
     assert row["lesion_f1"] == pytest.approx(2 / 5)
     assert math.isnan(score(0 * pred, 0 * truth)["lesion_f1"])
     assert score(0 * pred, truth)["lesion_f1"] == 0
@@ -97,21 +106,19 @@ def test_every_class_of_several_has_its_scores():
 # ------------------------------------------------------------------ many studies
 
 
-def study_row(name, has_lesion, dice, fpv, fnv, pred, true, tumor):
-    scores = {"dice": dice, "fpv_ml": fpv, "fnv_ml": fnv, "mtv_pred_ml": pred}
-    row = {"study": name, "patient": name, "has_lesion": has_lesion, **scores}
-    for metric, value in scores.items():
-        row[f"suv4_{metric}"] = 2 * value
-    return {**row, "mtv_true_ml": true, "tumor_score": tumor}
-
-
-ROWS = [
-    study_row("a", True, 0.2, 1.0, 4.0, 10.0, 8.0, 0.9),
-    study_row("b", True, 0.6, 3.0, 0.0, 20.0, 16.0, 0.4),
-    study_row("c", True, 0.0, 0.0, 5.0, 0.0, 6.0, 0.6),
-    study_row("d", False, 0.0, 8.0, 0.0, 8.0, 0.0, 0.5),  # a false alarm: its Dice does not count
-    study_row("e", False, math.nan, 0.0, 0.0, 0.0, 0.0, 0.2),
-]
+STUDIES = """
+study has_lesion dice fpv_ml fnv_ml mtv_pred_ml mtv_true_ml tumor_score
+a     True       0.2  1      4      10          8           0.9
+b     True       0.6  3      0      20          16          0.4
+c     True       0    0      5      0           6           0.6
+d     False      0    8      0      8           0           0.5
+e     False      nan  0      0      0           0           0.2
+"""  # d is a false alarm: its Dice does not count
+TABLE = pd.read_csv(io.StringIO(STUDIES), sep=" +", engine="python")
+TABLE["patient"] = TABLE["study"]
+for name in ("dice", "fpv_ml", "fnv_ml", "mtv_pred_ml"):
+    TABLE[f"suv4_{name}"] = 2 * TABLE[name]
+ROWS = TABLE.to_dict("records")
 
 
 def mean_and_count(value):
@@ -144,7 +151,8 @@ def test_a_mean_without_studies_is_none():
     negative = metrics.summarize_studies(ROWS[3:])["model"]
     assert positive["fpv_healthy_ml"] == {"mean": None, "std": None, "n": 0}
     assert positive["dice"] == {"mean": 0.2, "std": None, "n": 1}
-    assert negative["dice"]["n"] == 0 and negative["fpv_ml"]["n"] == 2
+    assert negative["dice"]["n"] == 0
+    assert negative["fpv_ml"]["n"] == 2
     json.dumps([positive, negative], allow_nan=False)
 
 
@@ -195,11 +203,17 @@ def test_the_table_shows_means_intervals_and_counts():
 
 
 def test_mri_leaves_out_classes_that_no_study_has():
-    rows = []
-    for study, edema, core in (("a", 0.25, math.nan), ("b", 0.75, 0.0)):
-        row = {"study": study, "patient": study, "has_lesion": True}
-        rows.append({**row, "dice_whole": 0.5, "dice_edema": edema, "dice_core": core})
-    model = metrics.summarize_studies(rows)["model"]
+    rows = pd.DataFrame(
+        {
+            "study": ["a", "b"],
+            "patient": ["a", "b"],
+            "has_lesion": True,
+            "dice_whole": 0.5,
+            "dice_edema": [0.25, 0.75],
+            "dice_core": [math.nan, 0.0],
+        }
+    )
+    model = metrics.summarize_studies(rows.to_dict("records"))["model"]
     assert [mean_and_count(mean) for mean in model.values()] == [(0.5, 2), (0.5, 2), (0.0, 1)]
     lines = metrics.results_table({"mine": model}).splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["whole", "edema", "core"]

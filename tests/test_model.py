@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import mirror_unet
 from mirror_unet import (
@@ -35,20 +36,26 @@ TABLE_2 = {  # L: parameters of v4 and of v3 (whose classifier sees PET), from t
     (3, 4, 5, 6, 7): (4_908_833, 6_064_106),
 }
 ALL = tuple(range(1, 9))
-FIELDS = {  # channels of every field that a version fills; tumor is one logit per sample
-    ("petct", "v1"): {"seg": 2, "pet": 2, "ct": 1},
-    ("petct", "v2"): {"seg": 2, "pet": 2, "ct": 1, "btl": 1},
-    ("petct", "v3"): {"seg": 2, "pet": 2, "ct": 1, "btl": 1, "tumor": 0},
-    ("petct", "v4"): {"seg": 2, "pet": 2, "ct": 2},
-    ("petct", "v5"): {"seg": 2, "pet": 2, "ct": 2, "btl": 1, "tumor": 0},
-    ("mri", "v1"): {"seg": 3, "pet": 2, "ct": 2},
-    ("mri", "v2"): {"seg": 3, "pet": 2, "ct": 2, "btl": 2},
-    ("mri", "v2-rec"): {"seg": 3, "pet": 3, "ct": 1, "btl": 1},
-}
+
+# Channels of every field that a version fills; tumor is one logit per sample.
+CHANNELS = """
+petct v1     seg 2 pet 2 ct 1
+petct v2     seg 2 pet 2 ct 1 btl 1
+petct v3     seg 2 pet 2 ct 1 btl 1 tumor 0
+petct v4     seg 2 pet 2 ct 2
+petct v5     seg 2 pet 2 ct 2 btl 1 tumor 0
+mri   v1     seg 3 pet 2 ct 2
+mri   v2     seg 3 pet 2 ct 2 btl 2
+mri   v2-rec seg 3 pet 3 ct 1 btl 1
+"""
+FIELDS = {}
+for line in CHANNELS.strip().splitlines():
+    kind, version, *words = line.split()
+    FIELDS[kind, version] = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
 SMALL = (2, 1, 32, 16, 16)
 ORGANS = Task("organs", ("liver", "spleen", "bladder"))
 THREE = Task("mask", ("a", "b", "c"))
-BOTH, CT_ONLY, PET_ONLY = [True, True], [True, False], [False, True]
 
 
 def sizes_only(version="v4", shared=(5,), **options):
@@ -61,7 +68,7 @@ def count(*args, **options):
     return count_parameters(sizes_only(*args, **options))
 
 
-def net_of(kind, version, channels=(4, 8, 8, 16, 16), **options):
+def small_net(kind, version, channels=(4, 8, 8, 16, 16), **options):
     torch.manual_seed(0)
     return MirrorUNet(version, kind=kind, channels=channels, **options)
 
@@ -71,15 +78,20 @@ def wave(phase, shape=SMALL):
     return ((torch.sin(0.37 * t + phase) + 1) / 2).float().reshape(shape)
 
 
-def depends(net, field, channel=slice(None)):
-    """Whether a field of the output changes with the CT slot and with the PET slot."""
-    ct, pet = wave(0.0), wave(1.0)
-    other = wave(2.0)
+CT = wave(0.0)
+PET = wave(1.0)
+OTHER = wave(2.0)
+
+
+def seen_by(net, field, channel=slice(None)):
+    """The slots with which a field of the output changes, "ct", "pet" or "ct pet"."""
+    slots = []
     with torch.no_grad():
-        base = getattr(net(ct, pet), field)[:, channel]
-        other_ct = getattr(net(other, pet), field)[:, channel]
-        other_pet = getattr(net(ct, other), field)[:, channel]
-    return [not torch.equal(base, other_ct), not torch.equal(base, other_pet)]
+        base = getattr(net(CT, PET), field)[:, channel]
+        for slot, ct, pet in (("ct", OTHER, PET), ("pet", CT, OTHER)):
+            if not torch.equal(base, getattr(net(ct, pet), field)[:, channel]):
+                slots.append(slot)
+    return " ".join(slots)
 
 
 # ------------------------------------------------------------------ sizes and sharing
@@ -92,13 +104,16 @@ def test_counts_of_layers_and_other_networks():
     assert count_parameters(net.pet) == 4_808_917  # MONAI's UNet, one channel in and two out
     assert count(shared=()) == 9_617_834 + 1  # two branches and θ
     assert count(shared=ALL) == 4_808_917 + 1_845 + 1  # one more output
+
     v4, v3 = TABLE_2[(5,)]
-    assert count("v1") == v4 - 949  # CT ends in one channel, not two: 1,845 - 896
-    assert count("v2") == v4 - 949 + BOTTLENECK_DECODER
+    v1 = v4 - 949  # CT ends in one channel, not two: 1,845 - 896
+    v2 = v1 + BOTTLENECK_DECODER
+    assert count("v1") == v1
+    assert count("v2") == v2
     assert count("v3") == v3 + 256  # T sees CT too: its 1^3 convolution has 256 more
     # Layer 5 has two batch norms of 256 channels, each with a scale and a shift.
     assert count(norm="private") == v4 + 2 * 2 * 256
-    assert count("v2", bottleneck="joint") == count("v2") + 2 * (512 * 256 + 256)
+    assert count("v2", bottleneck="joint") == v2 + 2 * (512 * 256 + 256)
 
 
 def test_counts_of_the_brain_tumour_networks():
@@ -115,30 +130,36 @@ def test_counts_of_the_brain_tumour_networks():
 
 
 @pytest.mark.parametrize("shared", [*TABLE_2, (), ALL])
-def test_exactly_the_listed_layers_are_one_module_as_table_2_counts(shared):
+def test_exactly_the_listed_layers_are_one_module(shared):
     net = sizes_only(shared=shared)
-    if shared in TABLE_2:
-        v3 = count("v3", shared, classifier="pet")
-        assert (count_parameters(net), v3) == TABLE_2[shared]
-        ten_organs = [f"organ {i}" for i in range(10)]
-        wider = (32 * 11 * 27 + 11 + 2 * 11 + 1 + 11 * 11 * 27 + 11) - 896  # 11 channels, not 1
-        assert count("v5", shared, organs=tuple(ten_organs)) == v3 + 256 + wider
-    listed = []
+    parameters = []
     for number, (ct, pet) in enumerate(zip(net.ct, net.pet, strict=True), start=1):
         assert (ct is pet) == (number in shared)
         if number in shared:
-            listed.extend(pet.parameters())
-    assert list(map(id, net.shared_parameters())) == list(map(id, listed))
+            parameters.extend(pet.parameters())
+    assert list(map(id, net.shared_parameters())) == list(map(id, parameters))
+
+
+@pytest.mark.parametrize("shared", TABLE_2)
+def test_sizes_of_table_2(shared):
+    v4, v3 = TABLE_2[shared]
+    assert count("v4", shared) == v4
+    assert count("v3", shared, classifier="pet") == v3
+    ten_organs = tuple(f"organ {i}" for i in range(10))
+    wider = (32 * 11 * 27 + 11 + 2 * 11 + 1 + 11 * 11 * 27 + 11) - 896  # 11 channels, not 1
+    assert count("v5", shared, organs=ten_organs) == v3 + 256 + wider
 
 
 def test_private_norms_share_everything_but_the_batch_norms():
     net = sizes_only(shared=(5, 6), norm="private")
-    shared, private = [], []
+    shared = []
+    private = []
     for a, b in zip(net.ct[4:6].modules(), net.pet[4:6].modules(), strict=True):
         if not list(a.children()):
             (shared if a is b else private).append(type(a))
-    assert private == 4 * [torch.nn.BatchNorm3d]
-    assert len(shared) == 5 + 4 and torch.nn.BatchNorm3d not in shared  # convolutions and PReLUs
+    assert private == 4 * [nn.BatchNorm3d]
+    assert len(shared) == 5 + 4  # convolutions and PReLUs
+    assert nn.BatchNorm3d not in shared
     assert len(net.shared_parameters()) == 2 * (3 + 2) + (2 + 2)  # weights, biases; slopes
 
 
@@ -162,7 +183,7 @@ def test_values_of_monai(norm):
     }
     voxels = [(3, 7, 11), (16, 40, 16), (31, 0, 5)]
 
-    net = net_of("petct", "v2", channels=mirror_unet.CHANNELS, norm=norm)
+    net = small_net("petct", "v2", channels=mirror_unet.CHANNELS, norm=norm)
     ct = wave(0.0, (1, 1, 32, 48, 32))
     pet = wave(1.0, (1, 1, 32, 48, 32))
     for training, expected in ((True, train), (False, evaluation)):
@@ -177,8 +198,8 @@ def test_values_of_monai(norm):
 
 
 def test_v5_is_v3_but_for_what_its_ct_branch_puts_out():
-    v3 = net_of("petct", "v3").eval()
-    v5 = net_of("petct", "v5", organs=("a", "b", "c")).eval()
+    v3 = small_net("petct", "v3").eval()
+    v5 = small_net("petct", "v5", organs=("a", "b", "c")).eval()
     assert v5.variant.organ_branch == "ct"
     assert v5.variant.tasks["ct"].classes == ("a", "b", "c")
 
@@ -188,30 +209,27 @@ def test_v5_is_v3_but_for_what_its_ct_branch_puts_out():
             weights[name] = value
     v3.load_state_dict(weights)
     with torch.no_grad():
-        out_v3 = v3(wave(0.0), wave(1.0))
-        out_v5 = v5(wave(0.0), wave(1.0))
+        out_v3 = v3(CT, PET)
+        out_v5 = v5(CT, PET)
     for name in ("seg", "pet", "btl", "tumor"):
         assert torch.equal(getattr(out_v5, name), getattr(out_v3, name))
-
     expected = [0.068587, 0.062778, -0.082879, 0.194570]
     assert out_v5.ct[0, :, 3, 7, 11].tolist() == pytest.approx(expected, abs=1e-5)
-    assert depends(v5, "seg") == PET_ONLY
-    assert depends(v5, "ct") == CT_ONLY
-    joint = net_of("petct", "v5", bottleneck="joint").eval()
-    assert depends(joint, "seg") == depends(joint, "ct") == BOTH
 
 
 def test_theta_can_be_learned():
-    net = net_of("petct", "v4", theta="learn")
-    out = net(wave(0.0), wave(1.0))
+    net = small_net("petct", "v4", theta="learn")
+    out = net(CT, PET)
     assert torch.allclose(out.seg, (out.pet + out.ct) / 2, atol=1e-6)
     out.seg[:, 1].mean().backward()  # d/dθ of (1 - θ) pet + θ ct is ct - pet
     expected = (out.ct - out.pet)[:, 1].mean().item()
     assert net.theta.grad.item() == pytest.approx(expected, abs=1e-5)
     assert abs(expected) > 1e-3
+
     assert not sizes_only("v1", theta="learn").theta.requires_grad  # nothing to weigh there
     fixed = MirrorUNet("v4").theta
-    assert fixed.item() == pytest.approx(0.2) and not fixed.requires_grad
+    assert fixed.item() == pytest.approx(0.2)
+    assert not fixed.requires_grad
 
 
 def test_classifier_is_its_formula():
@@ -226,7 +244,8 @@ def test_classifier_is_its_formula():
     expected = (x @ w2.T + b2)[:, 0]
     assert torch.allclose(head(bottoms), expected, rtol=1e-3, atol=1e-5)
     dropout = head[5]
-    assert isinstance(dropout, torch.nn.Dropout) and dropout.p == 0.5
+    assert isinstance(dropout, nn.Dropout)
+    assert dropout.p == 0.5
 
 
 # ------------------------------------------------------------------ what each output sees
@@ -235,10 +254,10 @@ def test_classifier_is_its_formula():
 @pytest.mark.parametrize("bottleneck", ["own", "joint"])
 @pytest.mark.parametrize(("kind", "version"), FIELDS)
 def test_a_version_fills_its_fields_each_by_itself_too(kind, version, bottleneck):
-    net = net_of(kind, version, bottleneck=bottleneck)
+    net = small_net(kind, version, bottleneck=bottleneck)
     channels = FIELDS[kind, version]
     assert set(net.heads) == set(channels)
-    out = net(wave(0.0), wave(1.0))
+    out = net(CT, PET)
 
     total = 0
     for name, value in out._asdict().items():
@@ -253,90 +272,120 @@ def test_a_version_fills_its_fields_each_by_itself_too(kind, version, bottleneck
         assert parameter.grad is not None or not parameter.requires_grad, name
 
     net.eval()
-    full = net(wave(0.0), wave(1.0))
+    full = net(CT, PET)
     for name in net.heads:
-        alone = net(wave(0.0), wave(1.0), heads=(name,))
+        alone = net(CT, PET, heads=(name,))
         assert torch.allclose(getattr(alone, name), getattr(full, name), atol=1e-6)
 
 
 def test_inference_of_the_mask_runs_no_ct_branch():
-    net = net_of("petct", "v3", shared=())
-    net(wave(0.0), wave(1.0), heads=("seg",))
-    first_norms = [branch[0].convs[0][1] for branch in (net.ct, net.pet)]
-    assert [norm.num_batches_tracked.item() for norm in first_norms] == [0, 1]
+    net = small_net("petct", "v3", shared=())
+    net(CT, PET, heads=("seg",))
+    for branch, runs in ((net.ct, 0), (net.pet, 1)):
+        first_norm = branch[0].convs[0][1]
+        assert first_norm.num_batches_tracked == runs
 
 
-@pytest.mark.parametrize(
-    ("kind", "version", "options", "field", "expected"),
-    [
-        ("petct", "v1", {}, "seg", PET_ONLY),
-        ("petct", "v2", {}, "seg", PET_ONLY),
-        ("petct", "v3", {}, "seg", PET_ONLY),
-        ("petct", "v1", {"bottleneck": "joint"}, "seg", BOTH),  # CT reaches the mask
-        ("petct", "v3", {"bottleneck": "joint"}, "seg", BOTH),
-        ("petct", "v3", {"bottleneck": "joint"}, "ct", BOTH),
-        ("petct", "v2", {}, "ct", CT_ONLY),
-        ("petct", "v2", {}, "btl", BOTH),
-        ("petct", "v4", {"theta": 0.0}, "seg", PET_ONLY),
-        ("petct", "v4", {"theta": 0.3}, "seg", BOTH),
-        ("petct", "v4", {"theta": 1.0}, "seg", CT_ONLY),
-    ],
-)
-def test_each_output_sees_the_images_it_should(kind, version, options, field, expected):
-    net = net_of(kind, version, **options)
-    assert depends(net, field) == expected  # in training
-    assert depends(net.eval(), field) == expected
+# version | its options | field of the output | slots that it sees
+SEEN = """
+v1 |                   | seg | pet
+v2 |                   | seg | pet
+v3 |                   | seg | pet
+v5 |                   | seg | pet
+v1 | bottleneck joint  | seg | ct pet
+v3 | bottleneck joint  | seg | ct pet
+v3 | bottleneck joint  | ct  | ct pet
+v5 | bottleneck joint  | seg | ct pet
+v5 | bottleneck joint  | ct  | ct pet
+v2 |                   | ct  | ct
+v5 |                   | ct  | ct
+v2 |                   | btl | ct pet
+v4 | theta 0           | seg | pet
+v4 | theta 0.3         | seg | ct pet
+v4 | theta 1           | seg | ct
+"""
+
+
+@pytest.mark.parametrize("row", SEEN.strip().splitlines())
+def test_each_output_sees_the_images_it_should(row):
+    version, options, field, slots = map(str.strip, row.split("|"))
+    words = options.split()
+    net = small_net("petct", version, **dict(zip(words[::2], words[1::2], strict=True)))
+    assert seen_by(net, field) == slots  # in training
+    assert seen_by(net.eval(), field) == slots
 
 
 def test_the_classifier_and_each_brain_tumour_class_see_what_they_should():
-    for sees, expected in (("both", BOTH), ("pet", PET_ONLY)):
-        v3 = net_of("petct", "v3", classifier=sees).eval()
-        assert depends(v3, "tumor", None) == expected
+    for classifier, slots in (("both", "ct pet"), ("pet", "pet")):
+        v3 = small_net("petct", "v3", classifier=classifier).eval()
+        assert seen_by(v3, "tumor", None) == slots
     for version in ("v1", "v2"):
-        net = net_of("mri", version).eval()
-        assert depends(net, "seg", 1) == CT_ONLY  # edema from FLAIR
-        assert depends(net, "seg", 2) == PET_ONLY  # core from T1Gd
+        net = small_net("mri", version).eval()
+        assert seen_by(net, "seg", 1) == "ct"  # edema from FLAIR
+        assert seen_by(net, "seg", 2) == "pet"  # core from T1Gd
 
 
 # ------------------------------------------------------------------ variants
 
 
-def test_variants_have_the_tasks_of_fig_2_and_what_follows_from_them():
-    petct, mri = VARIANTS["petct"], VARIANTS["mri"]
-    one, two = ["pet"], ["ct", "pet"]
-    lesion, parts = ("lesion",), ("edema", "core")
-    for variant, mask, fused, one_softmax, reconstructs, classes in (
-        (petct["v3"], one, False, True, True, lesion),
-        (petct["v4"], two, True, True, False, lesion),
-        (mri["v2"], two, False, False, False, parts),
-        (mri["v2-rec"], one, False, True, True, parts),
-        (Variant(ct=THREE, pet=THREE), two, True, True, False, ("a", "b", "c")),
-        (Variant(ct=ORGANS, pet=LESION), one, False, True, False, lesion),
-    ):
-        assert list(variant.mask_tasks) == mask
-        assert (variant.fused, variant.one_softmax) == (fused, one_softmax)
-        assert (variant.reconstructs, variant.classes) == (reconstructs, classes)
+# variant | branches of the mask | fused | one softmax | reconstructs | classes
+PROPERTIES = """
+v3     | pet    | False | True  | True  | lesion
+v4     | ct pet | True  | True  | False | lesion
+v2     | ct pet | False | False | False | edema core
+v2-rec | pet    | False | True  | True  | edema core
+three  | ct pet | True  | True  | False | a b c
+organs | pet    | False | True  | False | lesion
+"""
 
-    for (kind, version), fields in FIELDS.items():
-        variant = VARIANTS[kind][version]
-        restores_ct = fields["ct"] == 1
-        assert (variant.phi == "shuffle") == restores_ct  # Φ keeps CT from being copied
-        assert variant.takes_phi == (restores_ct or version == "v5")
-        if variant.btl:
-            assert variant.btl.target == ("pet" if variant.takes_phi else "mask")
-        assert variant.tumor == ("tumor" in fields)
-    tasks = {slot: task.classes for slot, task in mri["v2"].tasks.items()}
-    assert tasks == {"ct": ("edema",), "pet": ("core",), "btl": ("whole",)}
+
+@pytest.mark.parametrize("row", PROPERTIES.strip().splitlines())
+def test_what_follows_from_the_tasks_of_a_variant(row):
+    variants = {
+        **VARIANTS["petct"],
+        **VARIANTS["mri"],
+        "three": Variant(ct=THREE, pet=THREE),
+        "organs": Variant(ct=ORGANS, pet=LESION),
+    }
+    name, *expected = map(str.strip, row.split("|"))
+    variant = variants[name]
+    properties = [
+        " ".join(variant.mask_tasks),
+        str(variant.fused),
+        str(variant.one_softmax),
+        str(variant.reconstructs),
+        " ".join(variant.classes),
+    ]
+    assert properties == expected
+
+
+@pytest.mark.parametrize(("kind", "version"), FIELDS)
+def test_variants_have_the_tasks_of_fig_2(kind, version):
+    fields = FIELDS[kind, version]
+    variant = VARIANTS[kind][version]
+    restores_ct = fields["ct"] == 1
+    assert (variant.phi == "shuffle") == restores_ct  # Φ keeps CT from being copied
+    assert variant.takes_phi == (restores_ct or version == "v5")
+    assert variant.tumor == ("tumor" in fields)
+    if variant.btl:
+        assert variant.btl.target == ("pet" if variant.takes_phi else "mask")
+
+
+def test_the_brain_tumour_tasks_of_v2():
+    classes = {slot: task.classes for slot, task in VARIANTS["mri"]["v2"].tasks.items()}
+    assert classes == {"ct": ("edema",), "pet": ("core",), "btl": ("whole",)}
 
 
 def test_a_row_of_your_own_is_a_version(monkeypatch):
     monkeypatch.setitem(VARIANTS["petct"], "organs", Variant(ct=ORGANS, pet=LESION))
     monkeypatch.setitem(VARIANTS["petct"], "three", Variant(ct=THREE, pet=THREE))
-    net = net_of("petct", "organs")
-    out = net(wave(0.0), wave(1.0))
-    assert net.heads == ("seg", "ct", "pet") and torch.equal(out.seg, out.pet)
-    assert (out.ct.shape[1], out.seg.shape[1]) == (4, 2)
-    out = net_of("petct", "three", theta=0.2)(wave(0.0), wave(1.0))
+    net = small_net("petct", "organs")
+    out = net(CT, PET)
+    assert net.heads == ("seg", "ct", "pet")
+    assert torch.equal(out.seg, out.pet)
+    assert out.ct.shape[1] == 4
+    assert out.seg.shape[1] == 2
+    out = small_net("petct", "three", theta=0.2)(CT, PET)
     assert torch.allclose(out.seg, 0.2 * out.ct + 0.8 * out.pet, atol=1e-6)
 
 
@@ -361,9 +410,14 @@ def test_bad_options_are_refused(options, message):
 def test_bad_patches_and_heads_are_refused():
     net = sizes_only("v1")
     fits = torch.zeros(1, 1, 32, 32, 32)
-    odd = torch.zeros(1, 1, 32, 24, 32)
-    colour = torch.zeros(1, 2, 32, 32, 32)
-    for ct, pet in ((odd, odd), (colour, colour), (fits, fits[..., :16]), (fits[0], fits[0])):
+    odd = fits[..., :24]
+    two_channels = fits.repeat(1, 2, 1, 1, 1)
+    for ct, pet in (
+        (odd, odd),
+        (two_channels, two_channels),
+        (fits, fits[..., :16]),
+        (fits[0], fits[0]),
+    ):
         with pytest.raises(ValueError, match="sides that divide by 16"):
             net(ct, pet)
     with pytest.raises(ValueError, match=r"heads \['btl', 'tumor'\]: .* has seg, ct, pet"):
@@ -375,8 +429,8 @@ def test_bad_patches_and_heads_are_refused():
 
 def ties(channels):
     """Foreground logits (channels, 4 ** channels, 1, 1): every combination of four levels."""
-    grid = list(itertools.product([-1.5, 0.0, 0.5, 2.0], repeat=channels))
-    return np.array(grid).T.reshape(channels, -1, 1, 1)
+    grid = itertools.product([-1.5, 0.0, 0.5, 2.0], repeat=channels)
+    return np.array(list(grid)).T.reshape(channels, -1, 1, 1)
 
 
 @pytest.mark.parametrize("convert", [np.array, torch.tensor])
@@ -393,10 +447,11 @@ def test_decisions(convert):
 
 
 def test_decisions_of_the_brain_tumour_branches_are_their_own_argmax():
-    net = net_of("mri", "v1")
+    net = small_net("mri", "v1")
     with torch.no_grad():
-        out = net(wave(0.0), wave(1.0))
-    present = net.decide(foreground_logits(out.seg)[0])
-    assert torch.equal(present[0], out.ct[0].argmax(0) == 1)
-    assert torch.equal(present[1], out.pet[0].argmax(0) == 1)
-    assert (present[0] & present[1]).any() and not present.all()
+        out = net(CT, PET)
+    edema, core = net.decide(foreground_logits(out.seg)[0])
+    assert torch.equal(edema, out.ct[0].argmax(0) == 1)
+    assert torch.equal(core, out.pet[0].argmax(0) == 1)
+    assert (edema & core).any()
+    assert not (edema & core).all()

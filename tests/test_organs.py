@@ -22,7 +22,7 @@ from mirror_unet import MirrorUNet
 from organs import find_maps, published_name, read_organ_names
 from phantom import MAPPED
 from preprocess import labels_to_native
-from runs import load_config
+from runs import LoadedRun, load_config
 from studies import find_studies
 
 LETTERS = ("a", "b", "c", "d")
@@ -66,7 +66,7 @@ def opened(tmp_path):
         folder = runs.find_data(config)
         lines = []
         cases = runs.load_cases(folder, config, lines.append)
-        names = runs.with_organ_names(config, cases, folder, lines.append).organ_names
+        names = runs.with_organ_names(config, cases, lines.append).organ_names
         return cases, names, "\n".join(lines)
 
     return read
@@ -311,18 +311,19 @@ def test_the_metrics_of_a_study_are_of_its_own_grid(spacing, mapped, opened, mon
     model = MirrorUNet("v5", organs=LETTERS, channels=(4, 8, 8, 16, 16))
     cached = np.asarray(case.organs.load("organs"))
 
-    def infer(model, images, config, device, heads=("seg",)):
+    def infer(loaded, images, heads=("seg",)):
         maps = dict.fromkeys(heads, np.full((1, *cached.shape), -1.0))
         maps["ct"] = np.where([cached == i for i in range(1, 5)], 1.0, -1.0)
         return evaluation.Inference(maps, 0.5)
 
     monkeypatch.setattr(evaluation, "infer", infer)
-    row = evaluation.score_case(model, case, make_config("v5"), "cpu", native=True)
+    loaded = LoadedRun(model, make_config("v5"), "cpu", {})
+    row = evaluation.score_case(loaded, case, native=True)
     back = labels_to_native(case.meta, cached)
     expected = metrics.organ_dices(back, case.organs.native_labels(), LETTERS)
     assert {name: row[name] for name in expected} == pytest.approx(expected, nan_ok=True)
     assert (row["organ_dice"] == 1) == (spacing == SPACING)
-    row = evaluation.score_case(model, case, make_config("v5"), "cpu", native=False)
+    row = evaluation.score_case(loaded, case, native=False)
     assert not any(name.startswith("organ") for name in row)
 
 

@@ -27,16 +27,16 @@ def test_new_runs_are_numbered(tmp_path, monkeypatch):
             return runs.lock_run_folder(replace(config, **options), stack)
 
     for name in ("runs/v1-L456", "runs/v1-L456-2", "runs/v1-L456-3"):
-        assert lock() == name
-        assert lock() == name  # a folder without config.json holds no run
+        assert lock() == Path(name)
+        assert lock() == Path(name)  # a folder without config.json holds no run
         Path(name, "config.json").touch()
-    with other_writer(Path(lock())):  # a training that starts at the same moment
-        assert lock() == "runs/v1-L456-5"
-    assert lock() == "runs/v1-L456-4"
-    assert lock(out="a/b") == "a/b"
+    with other_writer(lock()):  # a training that starts at the same moment
+        assert lock() == Path("runs/v1-L456-5")
+    assert lock() == Path("runs/v1-L456-4")
+    assert lock(out="a/b") == Path("a/b")
     assert Path("a/b/.lock").exists()
-    assert lock(version="v2", shared=()) == "runs/v2-Lnone"
-    assert lock(version="nnunet") == "runs/nnunet"
+    assert lock(version="v2", shared=()) == Path("runs/v2-Lnone")
+    assert lock(version="nnunet") == Path("runs/nnunet")
 
 
 def test_without_data_a_phantom_is_simulated(tmp_path, monkeypatch):
@@ -52,26 +52,26 @@ def test_without_data_a_phantom_is_simulated(tmp_path, monkeypatch):
     assert folder.kind == "petct"
     assert "writing a simulated PET/CT cohort" in lines[0]
 
-    config = resolve(config, folder.kind, simulated=True)
+    config = resolve(config, folder.kind)
     cases = runs.load_cases(folder, config, lines.append)
     assert len(cases) == 3
     assert all(case.meta.spacing == [5, 5, 6] and case.organs for case in cases)
     assert "(AutoPET (TCIA), simulated): 3 studies of 2 patients, 2 with a lesion" in lines[2]
-    names = runs.with_organ_names(config, cases, folder, lines.append).organ_names
+    names = runs.with_organ_names(config, cases, lines.append).organ_names
     assert len(names) > 1
     v1 = replace(config, version="v1")
-    assert runs.with_organ_names(v1, cases, folder, lines.append) is v1
+    assert runs.with_organ_names(v1, cases, lines.append) is v1
 
 
 def test_organ_maps_are_needed_to_train_but_not_to_evaluate(base):
-    config = resolve(replace(base, version="v5", phi=None), "petct", simulated=False)
+    config = resolve(replace(base, version="v5", phi=None), "petct")
     folder = runs.find_data(config)
     with pytest.raises(UserError, match="v5 learns organs. .* --organs"):
         runs.load_cases(folder, config)
     trained = replace(config, organ_names=("spleen", "liver"))
     cases = runs.load_cases(folder, trained)
     assert not any(case.organs for case in cases)
-    assert runs.with_organ_names(trained, cases, folder) == trained
+    assert runs.with_organ_names(trained, cases) == trained
 
 
 def test_training_without_a_lesion_is_refused(base, cases, tmp_path):
@@ -92,7 +92,7 @@ def test_a_patch_that_does_not_fit_the_network_is_refused():
 
 def test_the_record_of_a_run_tells_all_that_made_it(base, finished, monkeypatch, tmp_path):
     record = json.loads((finished[0] / "config.json").read_text())
-    assert from_dict(record["config"]) == resolve(base, "petct", simulated=False)
+    assert from_dict(record["config"]) == resolve(base, "petct")
     assert record["torch"] == str(torch.__version__)
     assert record["ran_on"] == "cpu"
     assert len(record["commit"].split("+")[0]) in (0, 40)
@@ -106,7 +106,7 @@ def test_metrics_come_back_without_what_an_epoch_did_not_have(tmp_path):
     second = {"epoch": 2, "loss": 0.25, "seconds": 2.0, "val_dice": 0.125, "val_seconds": 1.0}
     second |= {"grad_seg": 1.0, "seg": 0.2, "cls": 0.05}
     assert runs.read_metrics(tmp_path, 2) == []
-    runs.write_metrics(tmp_path, [first, second])
+    runs.write_csv(tmp_path / "metrics.csv", [first, second])
     assert runs.read_metrics(tmp_path, 2) == [first, second]
     assert runs.read_metrics(tmp_path, 1) == [first]
     assert runs.training_seconds([first, second]) == 5

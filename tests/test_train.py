@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -47,8 +48,8 @@ CLOCK = ["patches_per_s", "data_wait", "seconds", "val_seconds"]  # differ from 
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leave out the figures, which take longer than these runs."""
-    monkeypatch.setattr(plots, "curves", lambda run: None)
-    monkeypatch.setattr(plots, "examples", lambda *args: None)
+    monkeypatch.setattr(plots, "draw_curves", lambda run: None)
+    monkeypatch.setattr(plots, "draw_examples", lambda *args: None)
 
 
 def assert_same(a, b, at):
@@ -85,13 +86,13 @@ class Epoch:
     """An epoch: its row, the network before and after, and what the first step was given."""
 
     def __init__(self, config, cases, monkeypatch=None, steps=1):
-        config = replace(resolve(config, "petct", simulated=False), steps=steps)
+        config = replace(resolve(config, "petct"), steps=steps)
         self.model = runs.build_model(config)
         parameters = self.model.named_parameters()
         self.before = {name: value.detach().clone() for name, value in parameters}
         self.inputs, self.targets = [], []
-        state = train.resume_or_start(Path("run"), config, CPU, Ranks(CPU), self.model)
-        state.net.register_forward_pre_hook(
+        state = train.make_state(Path("run"), config, CPU, Ranks(CPU), self.model)
+        state.wrapped.register_forward_pre_hook(
             lambda net, images: self.inputs.append([image.clone() for image in images])
         )
         if monkeypatch:
@@ -100,7 +101,7 @@ class Epoch:
         loader = train.make_loader(cases, state)
         self.row = train.train_epoch(state, loader, 0, tqdm(disable=True))
         keys = [(0, i) for i in range(config.batch_size)]
-        self.images = loader.crops.batch(keys)["image"].float()
+        self.images = loader.patches.batch(keys)["image"].float()
 
     def record_loss(self, output, batch, weights):
         self.targets.append(batch)
@@ -138,7 +139,7 @@ def test_a_run_of_the_control(base, tmp_path, monkeypatch, no_figures):
     make_loader, evaluate = train.make_loader, train.evaluate
     monkeypatch.setattr(train, "make_loader", lambda c, s: seen.append(c) or make_loader(c, s))
     monkeypatch.setattr(
-        train, "evaluate", lambda m, c, *a, **k: seen.append(c) or evaluate(m, c, *a, **k)
+        train, "evaluate", lambda state, c, **k: seen.append(c) or evaluate(state, c, **k)
     )
     config = replace(base, ct="other", epochs=1, steps=1, out=str(run))
     train.train(config)
@@ -168,7 +169,7 @@ def test_v1_with_nothing_shared_trains_its_pet_branch_as_the_pet_unet(base, case
         return model
 
     pet = Epoch(replace(base, version="pet", **options), cases, steps=5)
-    first = build(resolve(replace(base, version="pet", **options), "petct", simulated=False))
+    first = build(resolve(replace(base, version="pet", **options), "petct"))
     for name, value in first.state_dict().items():
         start[name.replace("layers", "pet")] = value
     monkeypatch.setattr(runs, "build_model", build_alike)
@@ -371,7 +372,7 @@ def test_a_run_is_neither_overwritten_nor_mixed(base, finished, monkeypatch):
 
 def test_resume_takes_the_saved_options(base, finished):
     config = train.parse_train(["--resume", "--out", base.out, "--epochs", "5"])
-    saved = resolve(base, "petct", simulated=False)
+    saved = resolve(base, "petct")
     assert config == replace(saved, resume=True, epochs=5)
     assert train.parse_train(["--resume", "--out", "new", "--lr", "1"]).lr == 1
     with pytest.raises(UserError, match="--resume: say which run with --out"):
@@ -422,12 +423,25 @@ def test_time_left_is_that_of_the_epochs_of_this_launch(tmp_path, capsys):
     for epoch, seconds in ((1, 99.0), (2, 10.0), (3, 20.0)):
         row = {"epoch": epoch, "seconds": seconds, "loss": 1.0}
         rows.append({**row, "patches_per_s": 1.0, "data_wait": 0.0})
-    with train.Log(tmp_path, start=1, epochs=6, crops=1, main=True) as log:
-        log.write(rows[:2])
-        log.write(rows)
+    state = SimpleNamespace(
+        run=tmp_path,
+        config=Config(epochs=6),
+        ranks=SimpleNamespace(main=True),
+        epoch=1,
+    )
+    with train.Log(state, crops=1) as log:
+        for count in (2, 3):
+            state.rows = rows[:count]
+            log.write_epoch()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines] == ["left", "0:00:40", "0:00:45"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_machine_without_tensorboardx_trains(base, tmp_path, no_figures, monkeypatch):
+    monkeypatch.setattr(train, "SummaryWriter", None)
+    train.train(replace(base, out=str(tmp_path), epochs=1, steps=1))
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_every_step_of_every_epoch_has_a_seed_of_its_own(base, tmp_path, no_figures, monkeypatch):
@@ -555,7 +569,7 @@ def test_changed_data_do_not_resume(finished, tmp_path, no_figures):
     studies = torch.load(finished[0] / "last.pt", weights_only=True)["studies"]
     names = list(studies)
     run = untested(finished, tmp_path, studies={**studies, **dict.fromkeys(names[:5], "other")})
-    message = f"{run}: changed since the run began: {', '.join(names[:4])} and 1 more. Restore"
+    message = f"{run}: changed since the run began: {', '.join(names[:4])} (5 in all). Restore"
     with pytest.raises(UserError) as caught:
         resume(run)
     assert str(caught.value).startswith(message)
@@ -574,7 +588,7 @@ def test_other_splits_do_not_resume(base, finished, tmp_path, no_figures):
     other = {**splits, "val": splits["test"], "test": splits["val"]}
     for given, saved, message in (
         (other, splits, f"{file}: not the splits of {run}"),
-        (other, other, f"{run}: changed since the run began: .* .splits., .* and 2 more. Restore"),
+        (other, other, f"{run}: changed since the run began: .* .splits., .* .6 in all.. Restore"),
         (splits, {"train": []}, f"{run / 'splits.json'}: "),
     ):
         write_json(file, given)
@@ -699,7 +713,7 @@ def test_two_processes_train_one_network(base, tmp_path):
 def test_batch_must_divide_by_the_processes():
     config = Config(batch_size=2, patch=(48,) * 3, crops=1)
     with pytest.raises(UserError, match="--batch-size 2 does not divide by 4 devices"):
-        train.check_batch_size(config, MirrorUNet(), world=4, studies=9)
+        train.check_batch_size(config, MirrorUNet(), world=4, study_count=9)
 
 
 def rank_of_a_run(config):

@@ -22,7 +22,7 @@ import tables
 import train
 import tune
 from common import UserError, write_json
-from config import LAUNCH_OPTIONS, Config, resolve
+from config import LAUNCH_OPTIONS, Config
 
 ROOT = Path(__file__).parent.parent
 FEW = "--patch 16 --spacing 16 --epochs 2 --steps 2 --val-every 1 --widths 4 8 8 16 16"
@@ -31,24 +31,33 @@ ONE = "--search lambdas --phi none --lambda-rec 0.1 --lambda-cls 0.1"  # a grid 
 # ------------------------------------------------------------------ what a search varies
 
 
-def configs(search, given=None, seeds=(0,), folds=(0,), samples=8):
+def configs(search, given=None, seeds=(0,), samples=8):
+    """The different configs of a search on PET/CT."""
+    args = SimpleNamespace(search=search, seed=seeds, samples=samples)
     configs = []
-    for options in tune.search_options(search, given or {}, seeds, folds, samples, "petct"):
-        configs.append(make_config(**options))
+    for options in tune.search_options(args, given or {}, "petct"):
+        config = make_config(**options)
+        if config not in configs:
+            configs.append(config)
     return configs
 
 
-def test_claims_repeat_their_arms_by_fold_and_seed():
-    trials = configs("claims", seeds=(0, 1), folds=(0, 2))
-    arms = len(claims.ARMS)
-    assert len(trials) == 4 * arms
-    assert [claims.arm_of(trial) for trial in trials[:arms]] == list(claims.ARMS)
-    repeats = [(trial.fold, trial.seed) for trial in trials[::arms]]
-    assert repeats == [(0, 0), (0, 1), (2, 0), (2, 1)]
+def test_claims_repeat_their_arms_by_seed():
+    trials = configs("claims", seeds=(0, 1))
+    arms = list(claims.ARMS)
+    assert [claims.arm_of(trial) for trial in trials] == 2 * arms
+    assert [trial.seed for trial in trials[:: len(arms)]] == [0, 1]
     organ_arms = [claims.arm_of(trial) for trial in configs("organs")]
     assert organ_arms == list(claims.COMPARISONS["organs"])
     with pytest.raises(UserError, match="--lambda-rec: --search claims sets it"):
         configs("claims", {"lambda_rec": 0.1})
+
+
+def test_claims_have_three_seeds_and_all_folds_by_default():
+    args, _ = tune.parse_tune(["--search", "claims"])
+    assert (args.seed, args.fold) == ([0, 1, 2], ["all"])
+    args, _ = tune.parse_tune(["--search", "free"])
+    assert (args.seed, args.fold, args.samples) == ([0], ["0"], 32)
 
 
 def test_folds_are_given_by_number_or_all(tmp_path):
@@ -57,16 +66,17 @@ def test_folds_are_given_by_number_or_all(tmp_path):
     assert tune.parse_folds(["2", "0"], config) == [2, 0]
     with pytest.raises(UserError, match="--fold -1: expected numbers"):
         tune.parse_folds(["-1"], config)
+    file = tmp_path / "splits.json"
     for content, folds in (([{}, {}], [0, 1]), ({}, [0])):
-        write_json(tmp_path / "splits.json", content)
-        config = make_config(splits=str(tmp_path / "splits.json"))
-        assert tune.parse_folds(["all"], config) == folds
+        write_json(file, content)
+        assert tune.parse_folds(["all"], make_config(splits=str(file))) == folds
 
 
 def test_the_grids_are_those_of_table_2_and_of_the_supplement():
     trials = configs("table2")
-    cells = [(t.version, str(t.theta or t.phi)) for t in trials]
-    assert cells == [cell for cell in tables.PAPER_TABLE2 for _ in range(7)]
+    cells = [(trial.version, str(trial.theta or trial.phi)) for trial in trials]
+    assert cells[::7] == list(tables.PAPER_TABLE2)
+    assert sorted(cells) == sorted(7 * cells[::7])
     sets = [(3,), (4,), (5,), (6,), (7,), (4, 5, 6), (3, 4, 5, 6, 7)]
     assert [trial.shared for trial in trials] == 15 * sets
     assert configs("layers") + configs("theta") == trials
@@ -75,18 +85,18 @@ def test_the_grids_are_those_of_table_2_and_of_the_supplement():
     trials = configs("lambdas")
     assert [trial.lambda_cls for trial in trials] == 5 * weights
     assert [trial.lambda_rec for trial in trials[::5]] == weights
-    assert {(t.version, t.shared, t.phi) for t in trials} == {("v3", (5,), "shuffle")}
+    for trial in trials:
+        assert (trial.version, trial.shared, trial.phi) == ("v3", (5,), "shuffle")
 
 
 def test_given_options_hold_for_all_trials_that_they_apply_to(monkeypatch):
     trials = configs("theta", {"lr": 1e-4, "shared": (2,)}, seeds=(0, 1))
-    expected = [(theta, seed) for seed in (0, 1) for theta in tune.THETAS]
-    assert [(trial.theta, trial.seed) for trial in trials] == expected
+    assert [trial.theta for trial in trials] == 2 * tune.THETAS
+    assert [trial.seed for trial in trials[::6]] == [0, 1]
     assert {(trial.lr, trial.shared) for trial in trials} == {(1e-4, (2,))}
 
-    given = {"lambda_cls": 0.5, "shuffle_count": 30, "phi": "shuffle"}
-    trials = configs("table2", given)
-    settings = {(t.version, t.lambda_cls, t.shuffle_count) for t in trials}
+    trials = configs("table2", {"lambda_cls": 0.5, "shuffle_count": 30, "phi": "shuffle"})
+    settings = {(trial.version, trial.lambda_cls, trial.shuffle_count) for trial in trials}
     assert settings == {
         ("v1", None, 30),
         ("v2", None, 30),
@@ -94,7 +104,7 @@ def test_given_options_hold_for_all_trials_that_they_apply_to(monkeypatch):
         ("v4", None, 1),
     }
 
-    monkeypatch.setitem(tune.SPACES, "rates", [{"version": ["v2"], "lr": [1e-4, 1e-3]}])
+    monkeypatch.setitem(tune.SPACES, "rates", tune.expand_grid(version=["v2"], lr=[1e-4, 1e-3]))
     assert [trial.lr for trial in configs("rates")] == [1e-4, 1e-3]
 
 
@@ -102,7 +112,6 @@ def test_free_samples_depend_on_their_seed_and_number_alone():
     many = configs("free", samples=300)
     assert configs("free", samples=5) == many[:5]
     assert configs("free", samples=5, seeds=(1,)) != many[:5]
-    assert len(configs("free", samples=None)) == 32
     assert tune.draw_options(1, 7, "mri") == {
         "version": "v2",
         "shared": (3, 5, 6, 7),
@@ -116,8 +125,8 @@ def test_free_samples_depend_on_their_seed_and_number_alone():
     }
     assert {c.shuffle_count for c in many if c.phi != "shuffle"} == {1}  # has no effect: left out
     assert {c.shuffle_count for c in many if c.phi == "shuffle"} == {1, 3, 10, 30}
-    fixed = configs("free", {"version": "v3", "shared": (5,), "lr": 1e-3}, samples=20)
-    assert {(c.version, c.shared, c.lr) for c in fixed} == {("v3", (5,), 1e-3)}
+    for fixed in configs("free", {"version": "v3", "shared": (5,), "lr": 1e-3}):
+        assert (fixed.version, fixed.shared, fixed.lr) == ("v3", (5,), 1e-3)
 
 
 # ------------------------------------------------------------------ the folders of the trials
@@ -150,7 +159,7 @@ def test_a_name_changes_with_all_that_sets_trials_apart():
     "line, message",
     [
         ("--search layers --samples 3", "--samples 3: it is for --search free"),
-        ("--search lambdas --max-concurrent 0", "--max-concurrent 0: at least 1"),
+        ("--search lambdas --max-concurrent -1", "--max-concurrent -1: a number, at least 0"),
         ("--search theta --lambda-cls 1", "--lambda-cls has no effect on v4"),
         ("--search lambdas --version v2", "--lambda-cls has no effect on v2"),
         ("--search layers --version nnunet", "--phi has no effect on nnunet"),
@@ -163,6 +172,13 @@ def test_what_cannot_be_done_ends_with_one_line(base, tmp_path, monkeypatch, lin
     with pytest.raises(UserError, match=message):
         tune.tune_command([*line.split(), "--data", base.data])
     assert not list(tmp_path.glob("cache"))
+
+
+def test_values_are_checked_before_the_cohort_is_simulated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--lr -1"):
+        tune.tune_command(["--search", "lambdas", "--lr", "-1"])
+    assert not list(tmp_path.iterdir())
 
 
 def prepare(base, root, line):
@@ -196,50 +212,17 @@ def test_a_trial_has_a_record_of_the_searches_that_asked_for_it(base, tmp_path, 
     with pytest.raises(UserError, match="no lesion to validate on"):
         prepare(base, tmp_path, free)
 
+    trials = prepare(base, tmp_path, f"{ONE} --fold 2 0 --folds 3 --seed 4 1")[1]
+    assert [(trial.fold, trial.seed) for trial in trials] == [(2, 4), (2, 1), (0, 4), (0, 1)]
+    records = [runs.load_trial_record(Path(trial.out)) for trial in trials]
+    assert len({record["studies"] for record in records}) == 1
+    assert "-fold2-seed4-" in trials[0].out
+    assert [record["config"].out for record in records] == [trial.out for trial in trials]
+
     args.address = "127.0.0.1:1"
     with pytest.raises(UserError, match="127.0.0.1:1: .*refused.* The same command goes on"):
         tune.run_with_ray(args, [trial])
     assert "Traceback" in (args.out / "ray.log").read_text()
-
-
-def test_late_fusion_of_the_trials_that_are_finished(base, tmp_path, capsys):
-    trials = []
-    root = tmp_path / "search"
-    for version, seed in (("ct", 0), ("pet", 0), ("ct", 1)):
-        out = root / f"{version}-{seed}"
-        config = replace(
-            base,
-            version=version,
-            seed=seed,
-            epochs=1,
-            out=str(out),
-            phi=None,
-            lr=1e-3,
-            widths=Config().widths,
-        )
-        trials.append(resolve(config, "petct", simulated=False))
-        train.train(trials[-1])
-        write_json(out / "trial.json", {})
-
-    tune.fuse_late_trials([trials[0], replace(trials[1], epochs=2)])  # the second is unfinished
-    assert not list(root.glob("late_fusion*"))
-    tune.fuse_late_trials(trials)
-    names = [path.name for path in sorted(root.glob("late_fusion*"))]
-    assert names == [f"late_fusion_{join}-ct-0" for join in sorted(tune.LATE_FUSIONS)]
-    table = tables.finished_runs(3, root)
-    systems = {name.removesuffix("-ct-0") for name in names}
-    assert set(table["system"]) == {"ct", "pet", *systems}
-    assert tables.finished_runs(3, tmp_path).empty  # a search's runs are of its folder alone
-
-    before = {path: path.stat().st_mtime_ns for path in root.glob("late*/*")}
-    (root / "pet-0" / "best.pt").write_bytes(b"")
-    tune.fuse_late_trials(trials)
-    assert {path: path.stat().st_mtime_ns for path in root.glob("late*/*")} == before
-    (root / "late_fusion_union-ct-0" / "splits.json").unlink()  # as a kill leaves it
-    tune.fuse_late_trials(trials)
-    message = capsys.readouterr().err
-    assert "not fused" in message
-    assert "best.pt" in message
 
 
 # ------------------------------------------------------------------ one trial, and Ray
@@ -414,7 +397,7 @@ def test_the_report_keeps_settings_apart_and_names_what_failed(tmp_path, monkeyp
     text = capsys.readouterr().out
     assert text.startswith(f"{tmp_path}: 7 trials, 5 done, 2 failed\n\nTable 2")
     tables_2 = text.split("Table 2")[1:]
-    words = "mean of 1 to 2 runs (seeds, folds); 1 of 3 cells missing; lr 0.001, studies s\n"
+    words = "mean of 1 to 2 runs (seeds, folds); 1 of 3 cells missing; lr default, studies s\n"
     assert words in tables_2[0]
     assert "55.00** (62.34)" in tables_2[0]
     dices = [re.findall(r"(\d+\.\d\d)\** \(", table) for table in tables_2]
@@ -437,6 +420,7 @@ def test_the_report_lists_free_trials_and_those_of_no_table(tmp_path):
 
     text = tune.report_search(tmp_path)
     head, free, others = re.split("Best validation.*\n|In none of.*\n", text)
+    assert "Test Dice of v3_ct_only in percent" in head
     assert "10.00*\n" in head
     assert "Claims of Sec. 4" in head
     heading, *lines = [line.split() for line in free.strip().splitlines()]
