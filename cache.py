@@ -60,9 +60,9 @@ class Case:
         """The classes of the mask, or the organs of a map, on the native grid; uint8."""
         return self.native_volume("native_label", self.load("native_class"))
 
-    def native_hot(self) -> np.ndarray:
-        """1 where the SUV reaches the threshold, on the native grid; uint8."""
-        return self.native_volume("native_hot", 1)
+    def native_above(self, threshold: float) -> np.ndarray:
+        """1 where the SUV reaches one of preprocess.THRESHOLDS_SUV, on the native grid; uint8."""
+        return self.native_volume(f"native_suv{threshold:g}", 1)
 
     def native_volume(self, array: str, values) -> np.ndarray:
         """A uint8 volume on the native grid of `values` at the flat indices in `array`."""
@@ -76,7 +76,10 @@ class Case:
 
 def file_fingerprints(study: Study) -> dict[str, list]:
     """What a study is made of, which a later start compares instead of reading."""
-    fingerprints = {"classes": [list(pair) for pair in study.classes]}
+    fingerprints = {
+        "classes": [list(pair) for pair in study.classes],
+        "own_grids": [study.own_grids, study.reference],
+    }
     for slot, source in study.sources.items():
         stat = source.path.stat()
         fingerprints[slot] = [source.path.name, source.channel, stat.st_size, stat.st_mtime_ns]
@@ -164,11 +167,12 @@ def cache_folder(cache: Path, root: Path, settings: Preprocessing) -> Path:
 
 
 def largest_size(study: Study, settings: Preprocessing) -> int:
-    """Bytes of a cached study at most, by its header: as if the body filled the volume."""
+    """Bytes of a cached study at most, by the header of its mask or, without one, of the image on
+    whose grid it would lie: as if the body filled the volume."""
     with suppress(Exception):  # the check reports what cannot be read
-        header = nib.load(study.pet.path).header
+        header = nib.load(study.label or study.sources[study.reference].path).header
         extent = np.array(header.get_data_shape()[:3]) * np.abs(header.get_zooms()[:3])
-        voxels = np.prod(np.ceil(extent / settings.spacing))
+        voxels = np.prod(np.ceil(extent / settings.spacing) + 1)
         return int(voxels * 5)  # two float16 and a uint8
     return 0
 

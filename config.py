@@ -236,6 +236,9 @@ class Config:
     lesion_labels: tuple[int, ...] = option(
         (), "values of the masks that are lesions, if the names do not tell", limits=POSITIVE_COUNT
     )
+    own_grids: bool = option(
+        False, "the images lie on grids of their own, in a layout that promises one"
+    )
     cache: str = option("cache", "folder of the preprocessed studies")
     check: bool = option(False, "read and check all files again")
     skip_bad: bool = option(False, "leave out studies that fail the input check")
@@ -290,6 +293,7 @@ LAUNCH_OPTIONS = {
     "organs",
     "channels",
     "lesion_labels",
+    "own_grids",
     "cache",
     "check",
     "skip_bad",

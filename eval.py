@@ -37,7 +37,7 @@ from config import Config, add_flags, flag_of, options_from_args, resolve
 from data import select_modality, with_swapped_ct
 from devices import autocast
 from metrics import (
-    THRESHOLD_NAME,
+    THRESHOLDS,
     empty_mask_rule,
     mean_without_nan,
     organ_dices,
@@ -47,7 +47,14 @@ from metrics import (
     systems_of_run,
 )
 from mirror_unet import DATA_NAMES, Variant, decide, foreground_logits
-from preprocess import CaseMeta, labels_to_native, logits_to_native, preprocess, settings_for
+from preprocess import (
+    THRESHOLDS_SUV,
+    CaseMeta,
+    labels_to_native,
+    logits_to_native,
+    preprocess,
+    settings_for,
+)
 from runs import (
     LoadedRun,
     find_data,
@@ -287,9 +294,9 @@ def evaluate(
 def score_case(loaded: LoadedRun, case: Case, native: bool = True) -> dict:
     """The metrics of one study by the name of their column.
 
-    native: on the grid of the study's files, and not only for the mask but also for single branches
-    (ct_*, pet_*), the SUV threshold of PET/CT (suv4_*), organs and T. Otherwise, as in validation,
-    for the mask on the cached grid.
+    native: on the grid of the study's mask, and not only for the mask but also for single branches
+    (ct_*, pet_*), the SUV thresholds of PET/CT (suv4_*, suv2.5_*), organs and T. Otherwise, as in
+    validation, for the mask on the cached grid.
     """
     model, variant = loaded.model, loaded.model.variant
     heads = ["seg"]
@@ -307,7 +314,8 @@ def score_case(loaded: LoadedRun, case: Case, native: bool = True) -> dict:
         spacing = nib.affines.voxel_sizes(np.array(case.meta.native_affine))
         masks = {"": logits_to_native(case.meta, inference.maps["seg"], classify)}
         if loaded.config.kind == "petct":
-            masks["suv4_"] = case.native_hot()
+            for suv in THRESHOLDS_SUV:
+                masks[f"suv{suv:g}_"] = case.native_above(suv)
         for branch in model.scored_branches:
             masks[f"{branch}_"] = logits_to_native(case.meta, inference.maps[branch], classify)
     else:
@@ -437,6 +445,7 @@ def find_unlabelled(folder: Path, config) -> StudyFolder:
         labelled=False,
         channels=config.channels,
         lesion_labels=config.lesion_labels,
+        own_grids=config.own_grids,
     )
     if data.kind != config.kind:
         kinds = f"{DATA_NAMES[data.kind]} studies, the run was trained on {DATA_NAMES[config.kind]}"
@@ -455,10 +464,11 @@ def predict(
 ) -> list[Path]:
     """Write the mask of every study below `folder` to `out`/<study>.nii.gz; returns the paths.
 
-    A mask has 1 for lesions, of brain tumours 1 for edema and 2 for core. organs_out: the folder
-    of the organ maps (v5) and their names. Raises UserError for a run that cannot predict, for
-    studies of another kind than the run's, for masks that exist (unless overwrite) and, after all
-    studies, for bad ones (unless config.skip_bad).
+    A mask has 1 for lesions, of brain tumours 1 for edema and 2 for core. It lies on the grid of
+    the image study.reference, PET in most layouts. organs_out: the folder of the organ maps (v5)
+    and their names. Raises UserError for a run that cannot predict, for studies of another kind
+    than the run's, for masks that exist (unless overwrite) and, after all studies, for bad ones
+    (unless config.skip_bad).
     """
     model, config = loaded.model, loaded.config
     if config.ct != "own":
@@ -491,11 +501,12 @@ def predict(
         inference = infer(loaded, arrays["images"])
         mask = logits_to_native(meta, inference.maps["seg"], label_map)
         path = out / mask_name(study)
-        write_mask(path, mask, study.pet.path)
+        reference = study.sources[study.reference].path
+        write_mask(path, mask, reference)
         written.append(path)
         if organs_out:
             organs = find_organs(loaded, arrays["images"], meta)
-            write_mask(organs_out / path.name, organs, study.pet.path)
+            write_mask(organs_out / path.name, organs, reference)
 
     if organs_out and written:
         write_json(organs_out / "organs.json", dict(enumerate(config.organ_names, start=1)))
@@ -524,10 +535,11 @@ EVAL_OPTIONS = (
     "skip_bad",
     "channels",
     "lesion_labels",
+    "own_grids",
     "organs",
 )
 # What replaces the options of a run that describe its own data when it is given other data.
-OTHER_DATA = {"channels": (), "lesion_labels": (), "organs": None}
+OTHER_DATA = {"channels": (), "lesion_labels": (), "own_grids": False, "organs": None}
 # The options that the runs of an ensemble have in common, and those of a late fusion.
 ENSEMBLE_ALIKE = ("kind", "spacing", "ct")
 LATE_FUSION_ALIKE = (*ENSEMBLE_ALIKE, "patch", "modality", "overlap", "window_weights")
@@ -750,12 +762,14 @@ def print_results(evaluations: list[Evaluation]) -> None:
     for evaluation in evaluations:
         systems |= systems_of_run(evaluation.name, evaluation.systems)
 
-    # The SUV threshold is the same for all runs on the same studies: one column, the last. On
-    # different studies it has no one value; each summary.json has its own.
-    threshold = systems.pop(THRESHOLD_NAME, None)
+    # A threshold needs no run: on the same studies one column, behind those of the runs, is right
+    # for all of them. On different studies it has no one value; each summary.json has its own.
     same_studies = all(e.studies == evaluations[0].studies for e in evaluations)
-    if threshold and same_studies:
-        systems[THRESHOLD_NAME] = threshold
+    for name in list(systems):
+        if name.startswith(tuple(THRESHOLDS)):  # or of one tracer
+            threshold = systems.pop(name)
+            if same_studies:
+                systems[name] = threshold
     print(results_table(systems))
     if not same_studies:
         print("These runs were tested on different studies: their rows are not comparable.")

@@ -16,7 +16,7 @@ from scipy import ndimage, stats
 
 from certainty import interval
 from mirror_unet import UNIONS
-from preprocess import THRESHOLD_SUV, body_box
+from preprocess import THRESHOLDS_SUV, body_box
 
 CONNECTIVITY_18 = ndimage.generate_binary_structure(3, 2)  # faces and edges join, corners do not
 
@@ -172,9 +172,10 @@ def mean_without_nan(values) -> float:
 
 # ------------------------------------------------------------------ many studies
 
-THRESHOLD_NAME = f"SUV ≥ {THRESHOLD_SUV:g} threshold"
+# A threshold on SUV, which needs no network, by the name of its row: the prefix of its columns.
+THRESHOLDS = {f"SUV ≥ {suv:g} threshold": f"suv{suv:g}_" for suv in THRESHOLDS_SUV}
 # Whose mask a metric is of, and how the columns of its metrics begin.
-MASK_SOURCES = {"model": "", "CT branch": "ct_", "PET branch": "pet_", THRESHOLD_NAME: "suv4_"}
+MASK_SOURCES = {"model": "", "CT branch": "ct_", "PET branch": "pet_", **THRESHOLDS}
 
 
 def mean_and_interval(values: pd.Series, studies: pd.DataFrame) -> dict:
@@ -277,11 +278,12 @@ def metric_means(studies: pd.DataFrame, prefix: str) -> dict[str, dict]:
 def summarize_studies(rows: list[dict]) -> dict[str, dict]:
     """The metric_means of each source of masks, from a row per study.
 
-    rows: they hold study, patient, has_lesion and metrics. Where the studies' names begin with
-    different tracers, as those of AutoPET do, there is also "<source>, <tracer>".
+    rows: they hold study, patient, has_lesion and metrics. Where the studies' names hold different
+    tracers, as those of AutoPET (fdg_...) and DEEP-PSMA (.../FDG) do, there is also
+    "<source>, <tracer>".
     """
     studies = pd.DataFrame(rows)
-    tracers = studies["study"].str.extract(r"(?i)^(fdg|psma)_")[0].str.lower()
+    tracers = studies["study"].str.extract(r"(?i)(?:^|/)(fdg|psma)(?:_|$)")[0].str.lower()
     summary = {}
     for source, prefix in MASK_SOURCES.items():
         if not studies.columns.str.startswith(prefix).any():

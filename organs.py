@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from cache import Case, read_cases, write_cases
 from common import UserError, read_json
+from grids import resample_to
 from preprocess import CaseMeta, content_hash, flat_indices, labels_to_cached
 from studies import (
     BadStudy,
@@ -89,20 +89,10 @@ def read_map(study: Study, case: Case) -> tuple[dict[str, np.ndarray], CaseMeta]
         problem = "its header does not say where it lies, or says two different things"
         raise bad_map(problem, "Give it the sform of the study's images")
 
-    # From its own grid to that of the study's files.
-    shape = tuple(case.meta.native_shape)
-    to_map = np.linalg.inv(volume.affine) @ case.meta.native_affine  # from voxels to voxels
-    if labels.shape != shape or not np.allclose(to_map, np.eye(4), atol=1e-3):
-        labels = ndimage.affine_transform(
-            labels,
-            to_map[:3, :3],
-            offset=to_map[:3, 3],
-            output_shape=shape,
-            order=0,
-            mode="grid-constant",
-        )
-        if volume.data.any() and not labels.any():
-            raise bad_map("lies beside the study", "Give the map of this study")
+    # From its own grid to the native one of the study.
+    labels = resample_to(labels, volume.affine, case.meta.native_grid, order=0, outside=0)
+    if volume.data.any() and not labels.any():
+        raise bad_map("lies beside the study", "Give the map of this study")
 
     indices = flat_indices(labels)
     organs = labels.ravel(order="F")[indices]

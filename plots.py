@@ -32,7 +32,7 @@ from data import shuffle_voxels
 from eval import EVAL_OPTIONS, class_bitmask, infer, label_map, load_part
 from metrics import CONNECTIVITY_18, named_masks
 from mirror_unet import IMAGE_NAMES, LESION, UNIONS, VARIANTS, Network, Task, Variant, decide
-from preprocess import PREPROCESSING, THRESHOLD_SUV
+from preprocess import PREPROCESSING, THRESHOLDS_SUV
 from runs import LoadedRun, load_run, loss_term_names, read_metrics, read_trials
 from tables import PHIS, VERSIONS, RunGroup, braces, groups_for_table, lambda_grid, table_2
 
@@ -200,7 +200,7 @@ TITLES = {  # the columns, from left to right; those that no row fills are left 
     "pet": "{pet} branch",
     "btl": "bottleneck",
     "seg": "fused with θ",
-    "threshold": f"SUV ≥ {THRESHOLD_SUV:g}",
+    "threshold": f"SUV ≥ {THRESHOLDS_SUV[0]:g}",
     "union": "united",
     "mask": "prediction",
     "truth": "truth",
@@ -392,7 +392,7 @@ def study_panels(
         mask = outlined(plane.background, plane.predicted, variant.classes)
         panels["mask"] = replace(mask, is_final=True)
         if kind == "petct":
-            hot = inputs["pet"].image * HIGHEST_SUV >= THRESHOLD_SUV
+            hot = inputs["pet"].image * HIGHEST_SUV >= THRESHOLDS_SUV[0]
             panels["threshold"] = replace(plane.background, outlines={"prediction": hot})
     return panels
 

@@ -1,9 +1,9 @@
 """Preprocessing of a study (Sec. 3.4), and the way back to the grid of its files.
 
-A study has two grids. The native one is that of its files, with axes in any order. The cached one,
-(W, H, D), is that of the preprocessed arrays: its axes are the anatomical ones that
-`Preprocessing.axes` names, it is cropped to a box around the body, and its spacing is the same for
-all studies.
+A study has two grids. The native one is that of its mask, with axes in any order; its images lie
+there too, or each on a grid of its own. The cached one, (W, H, D), is that of the preprocessed
+arrays: its axes are the anatomical ones that `Preprocessing.axes` names, it is cropped to a box
+around the body, and its spacing is the same for all studies.
 """
 
 import hashlib
@@ -15,11 +15,20 @@ import numpy as np
 from nibabel import orientations
 
 from checks import BODY_SUV
-from studies import Study, check_values, read_study
+from grids import (
+    Grid,
+    grid_difference,
+    resample_linear,
+    resample_nearest,
+    resample_to,
+    smooth_for_steps,
+)
+from studies import Study, Volume, check_values, read_study, reference_slot
 
-CACHE_FORMAT = 4  # raise it when the content of the cache changes
-THRESHOLD_SUV = 4.0  # the row "SUV ≥ 4 threshold" of the evaluation
-Window = tuple[float, float]  # of values, the lowest and the highest
+CACHE_FORMAT = 5  # raise it when the content of the cache changes
+OUTSIDE_HU = -1000.0  # air, beyond the field of view of a CT
+THRESHOLDS_SUV = (4.0, 2.5)  # the rows "SUV ≥ 4 threshold" and "SUV ≥ 2.5 threshold" of tables
+Range = tuple[float, float]  # the lowest and the highest value
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,10 @@ class Preprocessing:
     kind: str
     spacing: tuple[float, float, float]  # mm, along `axes`
     axes: str  # anatomical direction of rising index: L(eft) A(nterior) S(uperior), ...
-    clip: tuple[Window, Window] | None  # HU, SUV; None: no units, z-score
+    clip: tuple[Range, Range] | None  # HU, SUV; None: no units, z-score
     margin_mm: float = 10.0  # kept around the body
-    body_suv: float = BODY_SUV  # the body is the box of voxels above it
-    threshold_suv: float = THRESHOLD_SUV
+    body_suv: float = BODY_SUV  # what is warmer is the body
+    thresholds_suv: tuple[float, ...] = THRESHOLDS_SUV
     format: int = CACHE_FORMAT
 
 
@@ -65,16 +74,27 @@ class CaseMeta:
     patient: str
     shape: list[int]  # cached grid
     spacing: list[float]  # cached grid, mm
-    native_shape: list[int]  # in the axes of the files
-    native_spacing: list[float]  # mm, along the anatomical axes
-    native_affine: list[list[float]]  # from voxels of the files to mm
-    to_axes: list[list[float]]  # nibabel's orientation from the axes of the files to the anatomical
+    native_shape: list[int]  # in the axes of the mask's file
+    native_spacing: list[float]  # mm, not in the axes of the file but in the anatomical ones
+    native_affine: list[list[float]]  # (4, 4) from voxels of the mask's file to mm
+    to_axes: list[list[float]]  # (3, 2) to the anatomical axes, as nibabel's ornt_transform has it
     box: list[list[int]]  # [start, stop] of the kept part, in native voxels per anatomical axis
     facts: dict  # as studies.check_values has them
     lesion_voxels: int | None = None  # of the mask on the native grid; None without a mask
     digests: dict[str, str] = field(default_factory=dict)  # hash of each image and of the mask
     sources: dict = field(default_factory=dict)  # fingerprints of the files, filled by cache.py
     arrays: dict = field(default_factory=dict)  # dtype and shape by name, filled by cache.py
+
+    @property
+    def native_grid(self) -> Grid:
+        return Grid(tuple(self.native_shape), np.array(self.native_affine))
+
+    @property
+    def cached_grid(self) -> Grid:
+        to_native = np.diag([*np.divide(self.spacing, self.native_spacing), 1])
+        to_native[:3, 3] = [start for start, _ in self.box]
+        to_files = orientations.inv_ornt_aff(np.array(self.to_axes), self.native_shape)
+        return Grid(tuple(self.shape), self.native_affine @ to_files @ to_native)
 
 
 # ------------------------------------------------------------------ one study
@@ -86,15 +106,18 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
     Returns the arrays to be cached, and what is known of the study. Raises BadStudy.
 
     images: float16 (2, W, H, D), CT first
-    label, lesion: the mask, uint8 (W, H, D), and the flat indices of its foreground, uint32
-    native_label, native_class: flat_indices of the mask on the native grid, and its classes, uint8
-    native_hot: flat_indices of the SUV at or above the threshold on the native grid (PET/CT)
+    label: the mask on the cached grid, uint8 (W, H, D)
+    lesion: its voxels that are not 0, uint32 indices in C order
+    native_label: those of the mask on the native grid, see flat_indices
+    native_class: the class of each of them, uint8
+    native_suv4, native_suv2.5: the voxels with at least this SUV on the native grid (PET/CT)
 
     A study without a mask has the images alone.
     """
     volumes = read_study(study)
     facts = check_values(study, volumes)
-    meta = plan_grid(study, volumes, settings, facts)
+    native = volumes[reference_slot(study, volumes)].grid
+    meta = plan_grid(study, volumes, native, settings, facts)
 
     # A study is large: each volume is let go as soon as it was used.
     arrays = {}
@@ -104,9 +127,11 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
         # On the native grid, where the evaluation counts.
         arrays["native_label"] = flat_indices(label)
         arrays["native_class"] = label.ravel(order="F")[arrays["native_label"]]
-        if settings.clip:
-            hot = volumes["pet"].data >= settings.threshold_suv
-            arrays["native_hot"] = flat_indices(hot)
+        if settings.kind == "petct":
+            suv = on_grid(volumes["pet"], native, order=1)
+            for threshold in settings.thresholds_suv:
+                arrays[f"native_suv{threshold:g}"] = flat_indices(suv >= threshold)
+            del suv
 
         # On the cached grid, for training.
         arrays["label"] = labels_to_cached(meta, label)
@@ -114,10 +139,10 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
         del label
 
     images = np.empty((2, *meta.shape), np.float16)
-    windows = settings.clip or (None, None)
+    ranges = settings.clip or (None, None)
     for channel, slot in enumerate(("ct", "pet")):
-        image = image_to_cached(meta, volumes.pop(slot).data)
-        images[channel] = scale(image, windows[channel])
+        image = image_to_cached(study, meta, slot, volumes.pop(slot))
+        images[channel] = scale(image, ranges[channel])
         meta.digests[slot] = content_hash(images[channel])
     arrays["images"] = images
 
@@ -130,24 +155,24 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
 
 def plan_grid(
     study: Study,
-    volumes: dict,
+    volumes: dict[str, Volume],
+    native: Grid,
     settings: Preprocessing,
     facts: dict,
 ) -> CaseMeta:
-    """Lay the cached grid of a study around its body."""
-    pet = volumes["pet"].data
-    affine = volumes["pet"].affine
-
+    """Lay the cached grid of a study around its body, along the axes of its native grid."""
     # From the axes of the files to the anatomical ones.
     axes = orientations.axcodes2ornt(settings.axes)
-    to_axes = orientations.ornt_transform(nib.io_orientation(affine), axes)
-    turned_affine = affine @ orientations.inv_ornt_aff(to_axes, pet.shape)
+    to_axes = orientations.ornt_transform(nib.io_orientation(native.affine), axes)
+    turned_affine = native.affine @ orientations.inv_ornt_aff(to_axes, native.shape)
     native_spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
 
     # The body is warm in PET. In MRI the skull is stripped, and all but the brain is 0.
-    body = pet > settings.body_suv
-    if settings.clip is None:
-        body = (pet != 0) | (volumes["ct"].data != 0)
+    pet = on_grid(volumes["pet"], native, order=0)
+    if settings.kind == "petct":
+        body = pet > settings.body_suv
+    else:
+        body = (pet != 0) | (on_grid(volumes["ct"], native, order=0) != 0)
     margin = np.ceil(settings.margin_mm / native_spacing)
     box = body_box(orientations.apply_orientation(body, to_axes), margin)
 
@@ -158,13 +183,18 @@ def plan_grid(
         patient=study.patient,
         shape=list(map(len, positions)),
         spacing=list(settings.spacing),
-        native_shape=list(pet.shape),
+        native_shape=list(native.shape),
         native_spacing=native_spacing.tolist(),
-        native_affine=affine.tolist(),
+        native_affine=native.affine.tolist(),
         to_axes=to_axes.tolist(),
         box=box,
         facts=facts,
     )
+
+
+def on_grid(volume: Volume, grid: Grid, order: int) -> np.ndarray:
+    """The data of an image on a grid, see grids.resample_to; 0 beyond its field of view."""
+    return resample_to(volume.data, volume.affine, grid, order, outside=0)
 
 
 def body_box(body: np.ndarray, margin) -> list[list[int]]:
@@ -185,11 +215,14 @@ def flat_indices(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(mask.ravel(order="F")).astype(np.uint32)
 
 
-def scale(image: np.ndarray, window: Window | None) -> np.ndarray:
-    """Clip to the window and scale it to [0, 1], in place. Without a window (MRI), scale the brain,
-    the voxels that are not 0, to zero mean and unit variance; the others stay 0."""
-    if window:
-        low, high = window
+def scale(image: np.ndarray, limits: Range | None) -> np.ndarray:
+    """Clip an image to its limits and scale it to [0, 1], in place.
+
+    Without limits (MRI), scale the brain, the voxels that are not 0, to zero mean and unit
+    variance; the others stay 0.
+    """
+    if limits:
+        low, high = limits
         np.clip(image, low, high, out=image)
         image -= low
         image /= high - low
@@ -212,10 +245,27 @@ def content_hash(content) -> str:
 # ------------------------------------------------------------------ from grid to grid
 
 
-def image_to_cached(meta: CaseMeta, image: np.ndarray) -> np.ndarray:
-    """Resample an image on the native grid linearly to the cached one; float32 (W, H, D)."""
-    inside = crop_to_body(meta, image).astype(np.float32, order="C")
-    return resample_linear(inside, cached_positions(meta))
+def image_to_cached(study: Study, meta: CaseMeta, slot: str, volume: Volume) -> np.ndarray:
+    """Resample an image of a study linearly to the cached grid; float32 (W, H, D).
+
+    Images on grids of their own are smoothed first where the cached grid is much coarser. Those of
+    studies on one grid are not, like MONAI's Spacing.
+    """
+    if not grid_difference(volume.grid, meta.native_grid, ""):
+        inside = crop_to_body(meta, volume.data).astype(np.float32, order="C")
+        if study.own_grids:
+            inside = smooth_for_steps(inside, np.divide(meta.spacing, meta.native_spacing))
+        return resample_linear(inside, cached_positions(meta))
+
+    is_ct = study.kind == "petct" and slot == "ct"
+    return resample_to(
+        volume.data,
+        volume.affine,
+        meta.cached_grid,
+        order=1,
+        outside=OUTSIDE_HU if is_ct else 0.0,
+        smooth=True,
+    )
 
 
 def labels_to_cached(meta: CaseMeta, labels: np.ndarray) -> np.ndarray:
@@ -282,55 +332,14 @@ def crop_to_body(meta: CaseMeta, volume: np.ndarray) -> np.ndarray:
 def uncrop(meta: CaseMeta, inside: np.ndarray) -> np.ndarray:
     """Undo crop_to_body: a uint8 volume on the native grid, 0 outside of the body's box."""
     to_axes = np.array(meta.to_axes)
-    order = np.argsort(to_axes[:, 0])  # the axis of the files that becomes each anatomical one
+    order = np.argsort(to_axes[:, 0])  # the axis of the file that becomes each anatomical one
     turned = np.zeros(np.array(meta.native_shape)[order], np.uint8)
     turned[box_slices(meta)] = inside
 
+    # the inverse of to_axes: in nibabel's terms RAS is the identity
     to_files = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), to_axes)
     return orientations.apply_orientation(turned, to_files)
 
 
 def box_slices(meta: CaseMeta) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in meta.box)
-
-
-def resample_linear(image: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
-    """Sample a float32 image at the grid of `positions`, in voxels per axis.
-
-    Axis by axis, which is exact, as the map between two grids with the same axes is diagonal.
-    """
-    growth = np.array(list(map(len, positions))) / image.shape
-    for axis in np.argsort(growth, kind="stable"):  # what shrinks first leaves less to do
-        image = interpolate(image, axis, positions[axis])
-    return image
-
-
-def interpolate(image: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:
-    """Interpolate a float32 image linearly along one axis, clamped at its borders."""
-    last = image.shape[axis] - 1
-    positions = np.clip(positions, 0, last)
-    same_count = len(positions) == last + 1
-    if same_count and np.allclose(positions, np.arange(last + 1), atol=1e-6):
-        return image
-
-    low = np.minimum(positions.astype(np.int64), max(last - 1, 0))
-    along_axis = [1, 1, 1]
-    along_axis[axis] = -1
-    weight = (positions - low).astype(np.float32).reshape(along_axis)
-
-    # below + weight * (above - below), in place: these arrays are as large as a study
-    below = image.take(low, axis)
-    above = image.take(np.minimum(low + 1, last), axis)
-    above -= below
-    above *= weight
-    below += above
-    return below
-
-
-def resample_nearest(labels: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
-    """As resample_linear, of labels: each the value of the nearest voxel."""
-    indices = []
-    for places, count in zip(positions, labels.shape, strict=True):
-        nearest = np.rint(places).astype(np.int64)
-        indices.append(np.minimum(nearest, count - 1))
-    return np.ascontiguousarray(labels[np.ix_(*indices)])

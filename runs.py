@@ -72,7 +72,12 @@ def find_data(config: Config, say=print) -> StudyFolder:
         say(f"data       no --data given: writing a simulated PET/CT cohort to {PHANTOM}")
         write_phantom(PHANTOM, progress=lambda visits: progress(visits, "simulate", "study"))
     root = Path(config.data or PHANTOM)
-    return find_studies(root, channels=config.channels, lesion_labels=config.lesion_labels)
+    return find_studies(
+        root,
+        channels=config.channels,
+        lesion_labels=config.lesion_labels,
+        own_grids=config.own_grids,
+    )
 
 
 def load_cases(data: StudyFolder, config: Config, say=print) -> list[Case]:

@@ -3,7 +3,8 @@
     python studies.py DIR      print what a folder holds, and everything that is wrong with it
 
 A new layout of folders is a row of LAYOUTS and a generator of its studies. The generator yields
-each study as it should be, even if files are missing, and nothing in folders of other layouts.
+each study as it should be, even if files are missing, and nothing in folders of other layouts; it
+may also yield notes to the user, as text.
 find_studies finds missing files, read_study damaged ones, check_values impossible values.
 """
 
@@ -16,20 +17,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.affines import apply_affine
 
 from checks import failed_checks, measure_images
 from common import Parser, UserError, command_line, progress, read_json, reading
+from grids import Grid, grid_difference, resample_to, share_inside
 
 nib.imageglobals.logger.setLevel("CRITICAL")  # Bad headers are reported by our own checks.
 
-TOLERANCE_MM = 0.5  # Corners of the images of one study may lie this far apart.
 Classes = tuple[tuple[int, int], ...]  # Pairs of a value in a label file and our class.
+HECKTOR_CLASSES = ((0, 0), (1, 1), (2, 1))  # 1 is the primary tumour, 2 are lymph nodes.
 
 
 class Finding(NamedTuple):
@@ -64,13 +66,15 @@ class Study:
     """One study as it lies on disk. For MRI the slot ct holds FLAIR and pet holds T1Gd."""
 
     name: str
-    patient: str | None  # None, which only layouts yield: names do not tell the patient.
+    patient: str | None  # None, which collect_studies replaces: names do not tell the patient.
     kind: str  # A key of preprocess.PREPROCESSING.
     ct: Source
     pet: Source
     label: Path | None
     classes: Classes = ((0, 0), (1, 1))
     organs: Path | None = None  # Set by organs.py, which reads the map.
+    reference: str = "pet"  # The slot of the image on whose grid masks lie.
+    own_grids: bool = False  # The images may lie on grids of their own.
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -111,9 +115,10 @@ class Channels(NamedTuple):
 class Request(NamedTuple):
     """What is asked of a folder beside its path."""
 
-    labelled: bool = True  # Every study needs a mask.
-    channels: Channels | None = None  # In place of the names in dataset.json.
-    lesion_labels: tuple[int, ...] = ()  # Values of lesions, in place of the labels' names.
+    labelled: bool  # Every study needs a mask.
+    channels: Channels | None  # In place of the names in dataset.json.
+    lesion_labels: tuple[int, ...]  # Values of lesions, in place of the labels' names.
+    own_grids: bool  # The images may lie on grids of their own, whatever the layout promises.
 
 
 # ------------------------------------------------------------------ files and folders
@@ -184,7 +189,7 @@ LABEL_NAMES = {
 }
 
 # The patient at the head of a study's name in AutoPET's download, which is nnU-Net raw.
-is_autopet = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE).match
+AUTOPET_PATIENT = re.compile(r"(?:fdg|psma|PETCT)_[0-9a-f]{8,}", re.IGNORECASE)
 
 
 class Dataset(NamedTuple):
@@ -230,9 +235,10 @@ def read_dataset(root: Path, request: Request) -> Dataset | None:
     expected = "Expected channel_names (or modality) and labels, both with numbers and names"
     with reading(path, expected):
         names = content.get("channel_names") or content["modality"]
+        is_autopet = all(map(AUTOPET_PATIENT.match, stems(images)))
         if request.channels:
             channels = request.channels
-        elif list(names.values()) == ["CT", "CT"] and all(map(is_autopet, stems(images))):
+        elif list(names.values()) == ["CT", "CT"] and is_autopet:
             notes.append("both channels are named CT; as AutoPET has them, 0 is CT and 1 is SUV")
             channels = Channels("petct", 0, 1)
         else:
@@ -241,7 +247,7 @@ def read_dataset(root: Path, request: Request) -> Dataset | None:
         if request.labelled:
             labels = labels_by_value(content["labels"])
             classes = find_classes(channels.kind, labels, request.lesion_labels)
-            if len(classes) > 2:
+            if len(classes) > 2:  # more than the background and one label
                 notes.append(f"labels {labels} have the classes {dict(classes)}")
 
         if images.name == "imagesTr":
@@ -305,21 +311,21 @@ def labels_by_value(labels: dict) -> dict[int, list[str]]:
     return dict(sorted(names.items()))
 
 
-def find_classes(kind: str, names: dict[int, list[str]], lesion_labels=()) -> Classes:
+def find_classes(kind: str, names: dict[int, list[str]], lesion_labels) -> Classes:
     """Our class of each value in a label file.
 
     names: of each value, see labels_by_value. lesion_labels: for PET/CT, the values that are
     lesions whatever their names. Raises UserError if a class is not clear.
     """
-    parts = {value: words for value, words in names.items() if value}
+    foreground = {value: words for value, words in names.items() if value}
     if kind == "petct" and lesion_labels:
-        classes = dict.fromkeys(parts, 0) | dict.fromkeys(lesion_labels, 1)
-    elif kind == "petct" and len(set(map(tuple, parts.values()))) == 1:
-        classes = dict.fromkeys(parts, 1)  # The only label is the lesions, whatever its name.
+        classes = dict.fromkeys(foreground, 0) | dict.fromkeys(lesion_labels, 1)
+    elif kind == "petct" and len(set(map(tuple, foreground.values()))) == 1:
+        classes = dict.fromkeys(foreground, 1)  # The only label is the lesions, whatever its name.
     else:
-        classes = {value: class_of_names(kind, words) for value, words in parts.items()}
+        classes = {value: class_of_names(kind, words) for value, words in foreground.items()}
 
-    all_names = sum(parts.values(), [])
+    all_names = sum(foreground.values(), [])
     remedy = None
     if 0 not in names or any("background" in name for name in all_names):
         remedy = "Expected 0 for the background"
@@ -327,7 +333,7 @@ def find_classes(kind: str, names: dict[int, list[str]], lesion_labels=()) -> Cl
         remedy = "Voxels to ignore are not supported: give them a label or take them out"
     elif kind == "mri" and set(classes.values()) not in ({1, 2}, {0, 1, 2}):
         remedy = "Expected 0 background, edema, and tumour parts"
-    elif kind == "petct" and (1 not in classes.values() or classes.keys() != parts.keys()):
+    elif kind == "petct" and (1 not in classes.values() or classes.keys() != foreground.keys()):
         remedy = "Say which values are lesions: --lesion-labels 1 2"
     if remedy:
         raise UserError(f"labels {names}. {remedy}.")
@@ -351,19 +357,68 @@ def class_of_names(kind: str, names: list[str]) -> int | None:
 # ------------------------------------------------------------------ layouts
 
 
-def read_tree(root: Path, request: Request) -> Iterator[Study]:
-    """AutoPET as TCIA distributes it: a folder for each patient, in it one for each study."""
+class FolderNames(NamedTuple):
+    """How a layout with a folder for each study names its files and folders."""
+
+    ct: str
+    pet: str
+    label: str
+    nested: bool = True  # Each patient has a folder, and in it one for each study.
+    folder: str = ".*"  # The pattern of <folder above>/<folder>.
+    empty: str = ""  # The pattern of those that are studies even if they hold no such file.
+
+
+AUTOPET_FOLDERS = FolderNames(
+    ct="CTres",
+    pet="SUV",
+    label="SEG",
+    empty=r"(PETCT_[0-9a-f]{10}|PSMA_[0-9a-f]{16})/.*",
+)
+SARCOMA_FOLDERS = FolderNames(ct="CT_image", pet="PET_image", label="PET_mask", nested=False)
+DEEP_PSMA_FOLDERS = FolderNames(ct="CT", pet="PET", label="TTB", folder=".*/(PSMA|FDG)")
+
+
+def read_folders(names: FolderNames, root: Path, request: Request) -> Iterator[Study]:
+    """PET/CT with a folder for each study, whose files have the same names in all folders."""
     for folder in walk_folders(root):
-        ct = nifti(folder, "CTres")
-        pet = nifti(folder, "SUV")
-        label = nifti(folder, "SEG")
-        patient_folder = r"PETCT_[0-9a-f]{10}|PSMA_[0-9a-f]{16}"
-        is_study = any(file.exists() for file in (ct, pet, label))
-        if is_study or re.fullmatch(patient_folder, folder.parent.name):
-            real = folder.resolve()
-            patient = real.parent.name
-            name = f"{patient}/{real.name}"
+        ct = nifti(folder, names.ct)
+        pet = nifti(folder, names.pet)
+        label = nifti(folder, names.label)
+
+        real = folder.resolve()
+        name = f"{real.parent.name}/{real.name}"
+        has_files = any(file.exists() for file in (ct, pet, label))
+        is_study = has_files and re.fullmatch(names.folder, name)
+        if is_study or re.fullmatch(names.empty, name):
+            patient = real.parent.name if names.nested else real.name
+            name = name if names.nested else patient
             yield Study(name, patient, "petct", Source(ct), Source(pet), label)
+
+
+def read_hecktor(root: Path, request: Request) -> Iterator[Study]:
+    """HECKTOR: all patients in imagesTr and labelsTr (2022), or a folder for each (2025, 2026)."""
+    patients = {}  # The patients of each folder that holds images.
+    for folder in walk_folders(root):
+        images = [stem for stem in stems(folder) if stem.endswith(("__CT", "__PT"))]
+        other_task = {"Task 2", "Task 3"}.intersection(folder.relative_to(root).parts)
+        if images and not other_task:  # The patients of other tasks are those of Task 1.
+            patients[folder] = {stem.split("__")[0] for stem in images}
+
+    # The test images have no masks; those to predict are the test images, if there are any.
+    has_test_images = any(folder.name == "imagesTs" for folder in patients)
+    unused = "imagesTr" if has_test_images and not request.labelled else "imagesTs"
+    for folder, names in patients.items():
+        if folder.name == unused:
+            continue
+        masks = folder
+        if folder.name.startswith("images"):
+            masks = folder.with_name(folder.name.replace("images", "labels"))
+            if request.labelled:
+                names.update(stems(masks))  # The images of a mask may be missing.
+        for name in sorted(names):
+            ct = Source(nifti(folder, f"{name}__CT"))
+            pet = Source(nifti(folder, f"{name}__PT"))
+            yield Study(name, name, "petct", ct, pet, nifti(masks, name), HECKTOR_CLASSES)
 
 
 class BratsNames(NamedTuple):
@@ -400,7 +455,7 @@ def read_brats(root: Path, request: Request) -> Iterator[Study]:
             patient = re.match(names.patient, folder.name)
             yield Study(
                 name=folder.name,
-                patient=patient and patient[0],
+                patient=patient[0] if patient else None,
                 kind="mri",
                 ct=Source(nifti(folder, flair)),
                 pet=Source(nifti(folder, t1gd)),
@@ -424,10 +479,10 @@ def read_nnunet(root: Path, request: Request) -> Iterator[Study | str]:
     if request.labelled:
         cases.update(stems(dataset.masks))  # The images of a mask may be missing.
     for case in sorted(cases):
-        patient = is_autopet(case)
+        patient = AUTOPET_PATIENT.match(case)
         yield Study(
             name=case,
-            patient=patient and patient[0],
+            patient=patient[0] if patient else None,
             kind=dataset.channels.kind,
             ct=Source(nifti(dataset.images, f"{case}_{dataset.channels.ct:04d}")),
             pet=Source(nifti(dataset.images, f"{case}_{dataset.channels.pet:04d}")),
@@ -462,6 +517,8 @@ class Layout(NamedTuple):
     files: str  # The files that are expected, for the user.
     read: Callable[[Path, Request], Iterator[Study | str]]  # Yields studies, and notes as str.
     described: bool = False  # dataset.json names channels and labels; options may replace them.
+    reference: str = "pet"  # The slot of the image on whose grid masks lie.
+    own_grids: bool = False  # The images lie on grids of their own, as the scanner made them.
 
 
 # A folder has the first of these layouts that yields a study; a later one may see the same files.
@@ -478,28 +535,42 @@ LAYOUTS = (
         read_decathlon,
         described=True,
     ),
-    Layout("AutoPET (TCIA)", "PETCT_*/<study>/{SUV,CTres,SEG}.nii.gz", read_tree),
+    Layout(
+        "AutoPET (TCIA)",
+        "PETCT_*/<study>/{SUV,CTres,SEG}.nii.gz",
+        partial(read_folders, AUTOPET_FOLDERS),
+    ),
     Layout("BraTS", "<case>/<case>_{flair,t1ce,seg}.nii.gz or -{t2f,t1c,seg}", read_brats),
+    Layout(
+        "Soft-tissue-Sarcoma (IBSI)",
+        "<patient>/{CT_image,PET_image,PET_mask}.nii.gz",
+        partial(read_folders, SARCOMA_FOLDERS),
+        own_grids=True,
+    ),
+    Layout(
+        "HECKTOR 2022, 2025 and 2026",
+        "imagesTr/<id>__{CT,PT}.nii.gz or <id>/<id>__{CT,PT}.nii.gz",
+        read_hecktor,
+        reference="ct",
+        own_grids=True,
+    ),
+    Layout(
+        "DEEP-PSMA",
+        "<patient>/{PSMA,FDG}/{CT,PET,TTB}.nii.gz",
+        partial(read_folders, DEEP_PSMA_FOLDERS),
+        own_grids=True,
+    ),
 )
 
 
-class NotRead(NamedTuple):
-    """Something that users have in a folder in which no layout is recognised."""
-
-    name: str  # The pattern of a file's or folder's name.
-    problem: str
-    remedy: str
-
-
+# What users have in a folder in which no layout is recognised: the pattern of the name of a file or
+# folder, the problem and the remedy.
 NOT_READ = (
-    NotRead(r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
-    NotRead(r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
-    NotRead(r".*\.(mh[ad]|nrrd)", "{file} is no NIfTI", "Convert such files to .nii.gz"),
-    NotRead(r".*\.(dcm|ima)|DICOMDIR", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV"),
-    NotRead(
-        r".*__(CT|PT)\.nii\.gz", "{file} is HECKTOR's raw form", "Give nnU-Net raw on one grid"
-    ),
-    NotRead(r".*\.(zip|tar|tgz|tar\.gz|7z)", "{file} is an archive", "Unpack it"),
+    (r"dataset\.json", "a dataset.json lies in {folder}", "Give that folder"),
+    (r"imagesTr", "imagesTr without dataset.json", "Write one, as nnU-Net describes it"),
+    (r".*\.(mh[ad]|nrrd)", "{file} is no NIfTI", "Convert such files to .nii.gz"),
+    (r".*\.(dcm|ima)|DICOMDIR", "{file} is DICOM", "Convert it to .nii.gz, PET to SUV"),
+    (r".*\.(zip|tar|tgz|tar\.gz|7z)", "{file} is an archive", "Unpack it"),
 )
 
 
@@ -508,11 +579,11 @@ def explain_no_studies(root: Path) -> str:
     # With a dataset.json only the images are missing, or of a kind that is not read.
     has_description = (root / "dataset.json").exists()
     for path, folders, files in os.walk(root / "imagesTr" if has_description else root):
-        for row in NOT_READ:
+        for pattern, problem, remedy in NOT_READ:
             for name in sorted(folders + files):
-                if re.fullmatch(row.name, name, re.IGNORECASE):
-                    problem = row.problem.format(folder=path, file=Path(path, name))
-                    return f"{problem}. {row.remedy}."
+                if re.fullmatch(pattern, name, re.IGNORECASE):
+                    problem = problem.format(folder=path, file=Path(path, name))
+                    return f"{problem}. {remedy}."
 
     if has_description:
         return "No .nii.gz or .nii lies in its imagesTr. Copy the images there."
@@ -535,12 +606,19 @@ class Recognised(NamedTuple):
         return {path for study in self.studies for path in study.paths}
 
 
-def find_studies(root: Path, labelled=True, channels=(), lesion_labels=()) -> StudyFolder:
+def find_studies(
+    root: Path,
+    labelled: bool = True,
+    channels=(),
+    lesion_labels=(),
+    own_grids: bool = False,
+) -> StudyFolder:
     """Find all studies below `root`, whichever layout it has, and what is missing or there twice.
 
     labelled: every study needs a mask. Without, imagesTs is taken before imagesTr, and `root` may
     also be an images folder or a single study. channels, lesion_labels: such as ("ct=0", "pet=1")
-    and (1, 2), where the names in dataset.json do not tell.
+    and (1, 2), where the names in dataset.json do not tell. own_grids: the images of a study may
+    lie on grids of their own, also in a layout that promises one grid.
 
     Raises UserError if no studies are there, or if it is not clear which or what they are.
     """
@@ -550,7 +628,7 @@ def find_studies(root: Path, labelled=True, channels=(), lesion_labels=()) -> St
             f"{root}: {problem}. Give --data the folder that holds the studies, unpacked."
         )
 
-    request = Request(labelled, parse_channels(channels), tuple(lesion_labels))
+    request = Request(labelled, parse_channels(channels), tuple(lesion_labels), own_grids)
     recognised = recognise_layouts(root, request)
     if not recognised:
         raise UserError(f"{root}: no studies found. {explain_no_studies(root)}")
@@ -559,7 +637,7 @@ def find_studies(root: Path, labelled=True, channels=(), lesion_labels=()) -> St
     layout, candidates, notes = recognised[0]
     kind = candidates[0].kind
     refuse_flags_without_effect(layout, kind, request)
-    studies, findings = collect_studies(candidates, labelled)
+    studies, findings = collect_studies(candidates, layout, request)
     return StudyFolder(
         root=root,
         kind=kind,
@@ -586,7 +664,7 @@ def recognise_layouts(root: Path, request: Request) -> list[Recognised]:
 
 
 def refuse_two_layouts(root: Path, recognised: list[Recognised]) -> None:
-    """Raise UserError if a later layout sees other files than the first one does."""
+    """Raise UserError if a later layout sees none of the files that the first one sees."""
     first, *others = recognised
     for other in others:
         if first.files.isdisjoint(other.files):
@@ -603,15 +681,20 @@ def refuse_flags_without_effect(layout: Layout, kind: str, request: Request) -> 
         unused = "--channels"
 
     # Without masks there are no labels, and those of MRI go by their names alone.
-    has_lesion_labels = layout.described and request.labelled and kind == "petct"
-    if request.lesion_labels and not has_lesion_labels:
+    takes_lesion_labels = layout.described and request.labelled and kind == "petct"
+    if request.lesion_labels and not takes_lesion_labels:
         unused = "--lesion-labels"
     if unused:
         raise UserError(f"{unused} has no effect on {layout.name} here. Leave it out.")
 
 
-def collect_studies(candidates: list[Study], labelled: bool) -> tuple[list[Study], list[Finding]]:
-    """The studies whose files are all there, with their patient, and findings on the others."""
+def collect_studies(
+    candidates: list[Study], layout: Layout, request: Request
+) -> tuple[list[Study], list[Finding]]:
+    """The studies whose files are all there, and findings on the others.
+
+    Each study gets a patient, and what its layout and the request say of all studies.
+    """
     studies = []
     findings = []
     folders: dict[str, Path] = {}  # The first folder of each study's name.
@@ -620,8 +703,13 @@ def collect_studies(candidates: list[Study], labelled: bool) -> tuple[list[Study
         # Where the layout does not tell the patient, each study counts as one of its own.
         patient = study.patient or study.name
         patient = spellings.setdefault(patient.lower(), patient)
-        label = study.label if labelled else None
-        study = replace(study, patient=patient, label=label)
+        study = replace(
+            study,
+            patient=patient,
+            label=study.label if request.labelled else None,
+            reference=layout.reference,
+            own_grids=layout.own_grids or request.own_grids,
+        )
 
         problems = []
         for path in study.paths:
@@ -648,6 +736,10 @@ class Volume(NamedTuple):
     affine: np.ndarray
     placed: bool = True  # False: neither sform nor qform says where it lies.
     sides_differ: bool = False  # sform and qform disagree on left and right.
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.data.shape, self.affine)
 
 
 def bad_file(path: Path, problem: str, remedy: str = "Download or convert it again") -> BadStudy:
@@ -752,26 +844,10 @@ def read_label(path: Path, classes: Classes) -> Volume:
     return volume._replace(data=mapped)
 
 
-def grid_difference(volume: Volume, reference: Volume, reference_name: str) -> str:
-    """How the grid of a volume differs from that of the reference; empty if they agree."""
-    shape = volume.data.shape
-    if shape != reference.data.shape:
-        return f"shape {shape} differs from {reference.data.shape} of {reference_name}"
-
-    corners = np.indices((2, 2, 2)).reshape(3, 8).T * np.subtract(shape, 1)
-    gaps = apply_affine(volume.affine, corners) - apply_affine(reference.affine, corners)
-    distance = np.linalg.norm(gaps, axis=1).max()  # mm
-    if distance <= TOLERANCE_MM:
-        return ""
-    return (
-        f"affine differs from that of {reference_name}: corners lie up to {distance:.3g} mm "
-        f"apart, {TOLERANCE_MM} mm is tolerated"
-    )
-
-
 def read_study(study: Study) -> dict[str, Volume]:
-    """Read the images of a study by slot: pet, ct and, if it has a mask, label, on one grid.
+    """Read the images of a study by slot: pet, ct and, if it has a mask, label.
 
+    They lie on one grid, unless study.own_grids: then the grid of the mask is that of pet or of ct.
     Raises BadStudy with every finding, not only the first.
     """
     files = {}  # Each file is read once: a 4D file holds both images.
@@ -785,24 +861,61 @@ def read_study(study: Study) -> dict[str, Volume]:
         except BadStudy as error:
             findings += error.findings
 
-    # pet is the first of the slots, and the others are compared with it.
     volumes = {}
     for slot, source in study.sources.items():
-        if source.path not in files:
-            continue
-        volume = files[source.path]
-        if source.channel is not None:
-            volume = volume._replace(data=volume.data[..., source.channel])
-        volumes[slot] = volume
+        if source.path in files:
+            volume = files[source.path]
+            if source.channel is not None:
+                volume = volume._replace(data=volume.data[..., source.channel])
+            volumes[slot] = volume
 
-        reference = volumes.get("pet", volume)
-        problem = grid_difference(volume, reference, study.pet.path.name)
-        if problem:
-            remedy = "Resample it to that image's grid first"
-            findings.append(Finding(str(source.path), problem, remedy))
+    compare = compare_own_grids if study.own_grids else compare_grids
+    findings += compare(study, volumes)
     if findings:
         raise BadStudy(*findings)
     return volumes
+
+
+def compare_grids(study: Study, volumes: dict[str, Volume]) -> Iterator[Finding]:
+    """Every image of a study that does not lie on the grid of its PET, if that could be read."""
+    for slot, volume in volumes.items():
+        reference = volumes.get("pet", volume)
+        problem = grid_difference(volume.grid, reference.grid, study.pet.path.name)
+        if problem:
+            remedy = "Resample it to that grid, or say that the images have their own: --own-grids"
+            yield Finding(str(study.sources[slot].path), problem, remedy)
+
+
+def compare_own_grids(study: Study, volumes: dict[str, Volume]) -> Iterator[Finding]:
+    """What is wrong with the grids of images that may lie on grids of their own."""
+    if not {"pet", "ct"} <= volumes.keys():
+        return
+    pet = volumes["pet"]
+    ct = volumes["ct"]
+
+    if "label" in volumes:
+        label = volumes["label"]
+        to_pet = grid_difference(label.grid, pet.grid, study.pet.path.name)
+        to_ct = grid_difference(label.grid, ct.grid, study.ct.path.name)
+        if to_pet and to_ct:
+            problem = f"{to_pet}; its {to_ct}"
+            yield Finding(str(study.label), problem, "Resample it to one of these grids")
+
+    # PET is often wider than CT, but what lies there is air.
+    warm = pet.data > pet.data.mean()
+    share = share_inside(pet.grid, ct.grid, warm) if warm.any() else 1
+    if share < 0.5:
+        problem = f"only {share:.0%} of it lies inside the field of view of {study.ct.path.name}"
+        yield Finding(str(study.pet.path), problem, "Are both of one study? Correct the affines")
+
+
+def reference_slot(study: Study, volumes: dict[str, Volume]) -> str:
+    """The slot of the image, pet or ct, on whose grid the mask of a study lies or would lie."""
+    label = volumes.get("label")
+    if label is None:
+        return study.reference
+    is_on_pet = not grid_difference(label.grid, volumes["pet"].grid, "")
+    return "pet" if is_on_pet else "ct"
 
 
 # ------------------------------------------------------------------ checking the values
@@ -815,7 +928,13 @@ def check_values(study: Study, volumes: dict[str, Volume]) -> dict:
     headers say where the images lie, and warnings in words. Raises BadStudy with the first check
     that refuses the study.
     """
-    images = {slot: volume.data for slot, volume in volumes.items()}
+    grid = volumes[reference_slot(study, volumes)].grid
+    images = {}
+    for slot, volume in volumes.items():
+        # Its lowest value beyond its field of view adds no value that the image does not have.
+        lowest = volume.data.min()
+        images[slot] = resample_to(volume.data, volume.affine, grid, order=0, outside=lowest)
+
     measured = measure_images(images, units=study.kind == "petct")
     measured["sides_differ"] = any(volume.sides_differ for volume in volumes.values())
 
@@ -860,15 +979,15 @@ def list_findings(findings: list[Finding]) -> str:
 # ------------------------------------------------------------------ the command
 
 
-def check_study(study: Study) -> tuple[list[dict], list[Finding]]:
-    """Read and check a study: a list with its facts, or the findings if it has any."""
+def check_study(study: Study) -> tuple[dict | None, list[Finding]]:
+    """Read and check a study: its facts, or None and the findings."""
     try:
         volumes = read_study(study)
         facts = check_values(study, volumes)
     except BadStudy as error:
-        return [], error.findings
+        return None, error.findings
     has_lesion = "label" in volumes and volumes["label"].data.any()
-    return [{**facts, "has_lesion": has_lesion}], []
+    return {**facts, "has_lesion": has_lesion}, []
 
 
 def studies_command(argv: list[str] | None = None) -> None:
@@ -878,10 +997,17 @@ def studies_command(argv: list[str] | None = None) -> None:
     parser.add_argument("--predict", action="store_true", help="The studies have no masks.")
     parser.add_argument("--channels", nargs="+", default=(), metavar="", help="Such as ct=0 pet=1.")
     parser.add_argument("--lesion-labels", nargs="+", type=int, default=(), metavar="")
+    parser.add_argument("--own-grids", action="store_true", help="Of CT and PET, in any layout.")
     args = parser.parse_args(argv)
 
     # How the folder was understood, with the files of its first study as an example.
-    folder = find_studies(args.folder, not args.predict, args.channels, args.lesion_labels)
+    folder = find_studies(
+        args.folder,
+        labelled=not args.predict,
+        channels=args.channels,
+        lesion_labels=args.lesion_labels,
+        own_grids=args.own_grids,
+    )
     print(f"layout     {folder.layout}, {folder.kind}")
     for note in folder.notes:
         print(f"           {note}")
@@ -896,8 +1022,9 @@ def studies_command(argv: list[str] | None = None) -> None:
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(check_study, folder.studies)
         for study_facts, study_findings in progress(results, "check", "study", count):
-            facts += study_facts
             findings += study_findings
+            if study_facts:
+                facts.append(study_facts)
 
     patients = {study.patient for study in folder.studies}
     positive = sum(study["has_lesion"] for study in facts)

@@ -45,6 +45,20 @@ def petct_arrays(seed, lesion=True, shape=SHAPE):
     return {"CTres": ct, "SUV": suv, "SEG": seg}
 
 
+def on_own_grids(arrays, mask="SUV"):
+    """petct_arrays as a scanner makes them, with CT finer than SUV: array and affine by stem.
+
+    Each voxel of CT is cut into four. mask: CTres or SUV, whose grid SEG has.
+    """
+    images = {}
+    for stem, array in arrays.items():
+        images[stem] = (array, las())
+        if stem == "CTres" or (stem, mask) == ("SEG", "CTres"):
+            fine = array.repeat(2, axis=0).repeat(2, axis=1)
+            images[stem] = (fine, las((2.0, 2.0, 5.0), (31.0, -21.0, -500.0)))
+    return images
+
+
 def mri_arrays(seed, shape=(16, 14, 12)):
     """Channels by name (int16) and label (uint8, 0 to 3): a box of brain, axes R, A, S."""
     rng = np.random.default_rng(seed)

@@ -90,6 +90,10 @@ locked $CT -> $TRAIN tcia => @: cannot be read ... Permission
 copy tcia/PETCT_0000000001 tcia/x/PETCT_0000000001 -> $TRAIN tcia => duplicate case PETCT_
 copy $PET tcia/PETCT_0000000001/a/SUV.nii.gz -> $TRAIN tcia => the same image as PETCT_
 copy $PET $STUDY/SUV.nii -> $TRAIN tcia => @: there as .nii and as .nii.gz
+move $CT 9 -> $TRAIN tcia => @: affine differs from that of SUV.nii.gz ... their own: --own-grids
+move $CT 9 -> $PREDICT tcia => @: affine differs from that of SUV.nii.gz ... their own: --own-grids
+move $CT 70 -> $TRAIN tcia --own-grids => $PET: only ... of it lies inside the field of view of CTres
+move $SEG 9 -> $TRAIN tcia --own-grids => @: affine differs from that of SUV ... its affine differs
 infinite_slope $PET -> $TRAIN tcia => @: scl_slope is infinite
 offset $CT 1024 -> $TRAIN tcia => @: a median of ... is not HU
 constant $PET -> $TRAIN tcia => @: all its voxels are equal
@@ -300,6 +304,14 @@ def change_voxels(path, change):
     write_nifti(path, change(np.asarray(image.dataobj)), image.affine)
 
 
+def move(path, value):
+    """Let the image lie by so many mm to the right."""
+    image = nib.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += float(value)
+    write_nifti(path, np.asarray(image.dataobj), affine)
+
+
 def infinite_slope(path, value):
     raw = gzip.decompress(path.read_bytes())
     header = nib.Nifti1Header(raw[:348], check=False)
@@ -324,6 +336,7 @@ HARMS = {
     "scale": lambda path, value: change_voxels(path, lambda a: a * float(value) - 1000),
     "constant": lambda path, value: change_voxels(path, lambda a: a * 0 + 3),
     "roll": lambda path, value: change_voxels(path, lambda a: np.roll(a, 1, 0)),
+    "move": move,
     "infinite_slope": infinite_slope,
 }
 

@@ -20,12 +20,12 @@ from scipy.spatial.transform import Rotation
 
 import cache
 from common import UserError
+from grids import resample_linear
 from preprocess import (
     PREPROCESSING,
     labels_to_native,
     logits_to_native,
     preprocess,
-    resample_linear,
 )
 from studies import Source, Study, find_studies, read_study
 
@@ -126,7 +126,7 @@ def test_mri_is_resampled_then_scaled(tmp_path):
     nearest = np.rint(positions[0]).astype(int)
     expected = np.minimum(arrays["label"], 2)[::-1, ::-1][nearest]
     assert np.array_equal(got["label"][:, :, ::2], expected)
-    assert "native_hot" not in got
+    assert "native_suv4" not in got
 
     got, meta = preprocess(replace(study, label=None), MRI)
     assert set(got) == {"images"}
@@ -207,7 +207,9 @@ def test_cached_arrays_are_those_of_preprocess(tcia, msd, tmp_path):
             volumes = read_study(study)  # masks are kept on their grid
             assert np.array_equal(case.native_labels(), volumes["label"].data)
             if folder.kind == "petct":
-                assert np.array_equal(case.native_hot(), volumes["pet"].data >= 4)
+                for threshold in (4, 2.5):
+                    expected = volumes["pet"].data >= threshold
+                    assert np.array_equal(case.native_above(threshold), expected)
 
 
 def test_second_start_reads_nothing(tcia, tmp_path, monkeypatch):

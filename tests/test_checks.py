@@ -3,7 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHAPE, las, petct_arrays, write_study
+from conftest import SHAPE, on_own_grids, petct_arrays, write_nifti, write_study
 
 import eval
 from common import UserError
@@ -63,18 +63,26 @@ POSSIBLE = {
 }
 
 
-def write_changed(root, stem="SUV", change=np.array, patient=1):
-    """Write the study of a patient with one image changed; return the study and its folder."""
+def write_changed(root, stem="SUV", change=np.array, patient=1, mask=""):
+    """Write the study of a patient with one image changed; return the study and its folder.
+
+    mask: CTres or SUV, whose grid the mask has; these then lie on grids of their own.
+    """
     folder = root / f"PETCT_{patient:010x}/study"
     arrays = petct_arrays(patient)
     arrays[stem] = change(arrays[stem])
-    write_study(folder, arrays)
-    return find_studies(root).studies[-1], folder
+    if mask:
+        for name, image in on_own_grids(arrays, mask).items():
+            write_nifti(folder / f"{name}.nii.gz", *image)
+    else:
+        write_study(folder, arrays)
+    return find_studies(root, own_grids=bool(mask)).studies[-1], folder
 
 
 @pytest.mark.parametrize("stem, change, problem", IMPOSSIBLE)
-def test_impossible_images(tmp_path, stem, change, problem):
-    study, folder = write_changed(tmp_path, stem, change)
+@pytest.mark.parametrize("mask", ["", "SUV", "CTres"])
+def test_impossible_images(tmp_path, stem, change, problem, mask):
+    study, folder = write_changed(tmp_path, stem, change, mask=mask)
     with pytest.raises(BadStudy) as caught:
         check_values(study, read_study(study))
     (finding,) = caught.value.findings
@@ -114,15 +122,17 @@ def test_swapped_images_are_refused_in_prediction_too(finished, tmp_path):
 
 
 @pytest.mark.parametrize("stem", ["CTres", "SUV", "SEG"])
-def test_sform_against_qform(tmp_path, stem):
-    study, folder = write_changed(tmp_path)
+@pytest.mark.parametrize("mask", ["", "SUV"])
+def test_sform_against_qform(tmp_path, stem, mask):
+    study, folder = write_changed(tmp_path, mask=mask)
     path = folder / f"{stem}.nii.gz"
     image = nib.load(path)
-    image.set_qform(las() @ np.diag((-1, 1, 1, 1)), 1)
+    image.set_qform(image.affine @ np.diag((-1, 1, 1, 1)), 1)
     image.to_filename(path)
     with pytest.raises(BadStudy, match="sform and qform disagree on left and right"):
         check_values(study, read_study(study))
-    image.set_qform(las(origin=(31.0, -20.0, -500.0)), 1)  # 1 mm apart is no matter
+    image.affine[0, 3] += 1  # 1 mm apart is no matter
+    image.set_qform(image.affine, 1)
     image.to_filename(path)
     assert check_values(study, read_study(study))["placed"]
 

@@ -416,7 +416,7 @@ def test_evaluation_is_on_the_grid_of_the_files(tmp_path):
     assert (row["study"], row["patient"], row["has_lesion"]) == ("p/s", "p", True)
     hot = int((pet > 5).sum())
     hot_ml = pytest.approx(hot * 0.03)
-    for prefix in ("", "suv4_"):  # the lesion has SUV 10: both thresholds mark the same
+    for prefix in ("", "suv4_", "suv2.5_"):  # the lesion has SUV 10: all thresholds mark the same
         assert row[f"{prefix}dice"] == pytest.approx(2 * 192 / (hot + 200))
         assert row[f"{prefix}fpv_ml"] == alarm[f"{prefix}fnv_ml"] == alarm[f"{prefix}dice"] == 0
         assert row[f"{prefix}fnv_ml"] == pytest.approx(8 * 0.03)
@@ -475,7 +475,8 @@ def test_table_of_two_runs(others, finished, tmp_path, capsys):
     evaluate(run, others / "v1", "--out", tmp_path)
     table = capsys.readouterr().out.splitlines()
     heading = re.split("  +", table[0].strip())
-    assert heading == [str(run), str(others / "v1"), "SUV ≥ 4 threshold"]
+    thresholds = ["SUV ≥ 4 threshold", "SUV ≥ 2.5 threshold"]
+    assert heading == [str(run), str(others / "v1"), *thresholds]
     assert "T accuracy" in table[8] and len(table) == 12
     results = (tmp_path / run.name / "test_studies.csv").read_bytes()
     assert results == (run / "test_studies.csv").read_bytes()

@@ -10,6 +10,7 @@ FLOORS = [
     "losses",
     "baselines",
     "checks",
+    "grids",
     "studies",
     "phantom",
     "preprocess",
@@ -31,7 +32,7 @@ FLOORS = [
     "bench",
 ]
 WITHOUT_TORCH = set(
-    ["common", "checks", "studies", "phantom", "preprocess", "cache", "organs", "splits"]
+    ["common", "checks", "grids", "studies", "phantom", "preprocess", "cache", "organs", "splits"]
 )
 
 

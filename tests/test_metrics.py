@@ -156,8 +156,12 @@ def test_a_mean_without_studies_is_none():
     json.dumps([positive, negative], allow_nan=False)
 
 
-def test_tracers_have_means_of_their_own():
-    names = ["fdg_0", "FDG_1", "psma_2", "psma_3", "fdg_4"]
+AUTOPET_NAMES = ["fdg_0", "FDG_1", "psma_2", "psma_3", "fdg_4"]
+DEEP_PSMA_NAMES = ["train_0/FDG", "train_1/FDG", "train_0/PSMA", "train_2/PSMA", "train_2/FDG"]
+
+
+@pytest.mark.parametrize("names", [AUTOPET_NAMES, DEEP_PSMA_NAMES])
+def test_tracers_have_means_of_their_own(names):
     rows = [{**row, "study": name} for row, name in zip(ROWS, names, strict=True)]
     summary = metrics.summarize_studies(rows)
     assert list(summary)[:3] == ["model", "model, fdg", "model, psma"]

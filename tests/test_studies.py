@@ -13,7 +13,9 @@ from conftest import (
     MSD_CHANNELS,
     las,
     mri_arrays,
+    on_own_grids,
     petct_arrays,
+    stored_as,
     write_decathlon,
     write_nifti,
     write_nnunet,
@@ -259,9 +261,36 @@ def test_labels_by_their_names(kind, text, lesion_labels, expected):
     assert classes == tuple(enumerate([0, *expected]))
 
 
-def test_files_that_are_not_read(tmp_path):
-    (tmp_path / "CHUM-001__CT.nii.gz").touch()
-    assert "CHUM-001__CT.nii.gz is HECKTOR's raw form" in message_of(tmp_path)
+def touch(root, *names):
+    for name in names:
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_hecktor_of_2022_to_train_and_to_predict(tmp_path):
+    touch(tmp_path, "imagesTr/A-1__CT", "imagesTr/A-1__PT", "imagesTr/A-1__RTDOSE", "labelsTr/A-1")
+    touch(tmp_path, "imagesTs/B-1__CT", "imagesTs/B-1__PT", "labelsTr/A-2")
+    folder = find_studies(tmp_path)
+    assert [study.name for study in folder.studies] == ["A-1"]
+    missing = [Path(finding.file).name for finding in folder.findings]
+    assert missing == ["A-2__PT.nii.gz", "A-2__CT.nii.gz"]
+
+    for start in (tmp_path, tmp_path / "imagesTs"):
+        folder = find_studies(start, labelled=False)
+        assert folder.layout.startswith("HECKTOR") and folder.findings == []
+        assert [(study.name, study.label) for study in folder.studies] == [("B-1", None)]
+
+
+def test_hecktor_of_2025_has_its_masks_in_one_task_of_three(tmp_path):
+    touch(tmp_path, "Task 1/A-1/A-1__CT", "Task 1/A-1/A-1__PT", "Task 1/A-1/A-1")
+    touch(tmp_path, "Task 2/A-1/A-1__CT", "Task 2/A-1/A-1__PT", "Task 2/A-1/A-1__CTPlanning")
+    for labelled in (True, False):
+        folder = find_studies(tmp_path, labelled=labelled)
+        assert folder.findings == []
+        assert [study.ct.path.parent.parent.name for study in folder.studies] == ["Task 1"]
+    (study,) = find_studies(tmp_path / "Task 2", labelled=False).studies
+    assert (study.name, study.reference) == ("A-1", "ct")
 
 
 def test_patients_that_differ_in_case_only(nnunet):
@@ -399,7 +428,76 @@ def test_affine_tolerance(study):
     write_nifti(study.label, mask, las(origin=(30.0, -19.49, -500.0)))
     (finding,) = findings_of(study)
     assert "corners lie up to 0.51 mm apart" in finding.problem
+    assert finding.file == str(study.label) and finding.remedy.endswith("--own-grids")
+
+
+def write_own_grids(folder, mask="SUV", **changed):
+    """A study whose images lie on grids of their own; changed: array and affine by stem."""
+    images = on_own_grids(petct_arrays(0), mask)
+    for stem, (array, affine) in {**images, **changed}.items():
+        write_nifti(folder / f"{stem}.nii.gz", array, affine)
+    ct, pet, label = [folder / f"{stem}.nii.gz" for stem in STEMS.values()]
+    return Study("case", "patient", "petct", Source(ct), Source(pet), label, own_grids=True)
+
+
+@pytest.mark.parametrize("mask, slot", [("SUV", "pet"), ("CTres", "ct")])
+def test_images_on_grids_of_their_own(tmp_path, mask, slot):
+    study = write_own_grids(tmp_path, mask)
+    volumes = read_study(study)
+    for name, stem in STEMS.items():
+        array, affine = on_own_grids(petct_arrays(0), mask)[stem]
+        assert np.array_equal(volumes[name].data, array)
+        assert np.allclose(volumes[name].affine, affine)
+    assert studies.reference_slot(study, volumes) == slot
+
+    # Without a mask the layout tells on which grid one would lie.
+    without = replace(study, label=None, reference="ct")
+    assert studies.reference_slot(without, read_study(without)) == "ct"
+
+
+@pytest.mark.parametrize("axes", ["LAS", "RAS", "PIR"])  # RAS and LAS differ in handedness
+def test_values_on_two_grids_are_those_on_one(tmp_path, axes):
+    one_grid = write_petct(tmp_path / "one", petct_arrays(0))
+    ct, affine = on_own_grids(petct_arrays(0))["CTres"]
+    study = write_own_grids(tmp_path, CTres=stored_as(ct, affine, axes))
+    expected = studies.check_values(one_grid, read_study(one_grid))
+    assert studies.check_values(study, read_study(study)) == expected
+
+
+def test_a_mask_on_no_grid_of_its_images(tmp_path):
+    mask = petct_arrays(0)["SEG"]
+    study = write_own_grids(tmp_path, SEG=(mask, las(origin=(31.0, -20.0, -500.0))))
+    (finding,) = findings_of(study)
     assert finding.file == str(study.label)
+    assert finding.problem.startswith("affine differs from that of SUV.nii.gz: corners lie up to 1")
+    assert "; its shape (24, 20, 18) differs from (48, 40, 18) of CTres.nii" in finding.problem
+
+
+@pytest.mark.parametrize(
+    "shift, share",
+    [(0, ""), (44, ""), (52, "only 46% of it"), (88, "only 8% of it"), (400, "only 0% of it")],
+)
+def test_fields_of_view_that_hardly_overlap(tmp_path, shift, share):
+    pet = np.ones((24, 20, 18), np.float32)
+    pet[:, :, 9:] = 2  # The warm half is as long as the cold one.
+    ct, affine = on_own_grids(petct_arrays(0))["CTres"]
+    affine[0, 3] -= shift
+    study = write_own_grids(tmp_path, SUV=(pet, las()), CTres=(ct, affine))
+    if not share:
+        read_study(study)
+        return
+    (finding,) = findings_of(study)
+    assert finding.file == str(study.pet.path)
+    assert finding.problem == f"{share} lies inside the field of view of CTres.nii.gz"
+
+
+def test_a_wide_pet_around_a_narrow_ct(tmp_path):
+    ct, affine = on_own_grids(petct_arrays(0))["CTres"]
+    wide = np.zeros((48, 40, 18), np.float32)
+    wide[12:36, 10:30] = petct_arrays(0)["SUV"]
+    study = write_own_grids(tmp_path, SUV=(wide, las(origin=(78.0, -60.0, -500.0))))
+    study = replace(study, label=None)
+    assert studies.check_values(study, read_study(study))["warnings"] == []
 
 
 def test_every_finding_of_a_study(study):
