@@ -2,7 +2,7 @@
 
 A Config is the command line, the argument of train() and what a run saves. resolve() gives every
 option that applies a value, by version and kind of data, and refuses what does not fit;
-unusual_options() says which runs differ in nothing but their seed.
+unusual_options() lists how a run differs from the defaults, by which runs are grouped in tables.
 """
 
 from __future__ import annotations  # the type of a field is text, see value_type and from_dict
@@ -362,6 +362,7 @@ def applicable_options(config: Config, kind: str) -> dict[str, bool]:
     system = system_of(config)
     variant = variant_for(config, kind)
     if variant.takes_phi and config.phi:
+        # Whether noise_sigma and shuffle_* apply depends on the run's Φ, not on the version's.
         variant = replace(variant, phi=config.phi)
 
     applicable = {}
@@ -601,26 +602,28 @@ def from_dict(saved: dict) -> Config:
     return check_options(Config(**values))
 
 
-# Options in which the runs of one row of a table may differ: those of the launch, the device's
-# precision, and what repeats a run on other splits or from other weights. The version and the kind
-# of data are here because unusual_options() has them in another way.
+# Options that unusual_options() leaves out: those of the launch, the device's precision, and what
+# repeats a run on other splits or from other weights. Also the version, which decides the defaults
+# to compare with, and the kind of data, which unusual_options() gives under the name `data`.
 NOT_COMPARED = (LAUNCH_OPTIONS - {"epochs"}) | {"amp", "seed", "fold", "splits", "version", "kind"}
 
 
 def unusual_options(config: Config) -> dict:
-    """What sets a resolved config apart from the defaults of its own version and data.
+    """The options, with values, in which a run differs from the defaults of its version and data.
 
-    It holds the options that differ from them, the budget among them, and the kind of data, of
-    which the simulated cohort is one. This is the one rule of sameness: runs of equal keys may
-    share a table and, if they are of one version, be averaged.
+    config: resolved. The options of NOT_COMPARED are left out. There is always "data": "petct",
+    "mri" or "phantom", the simulated cohort. Runs of one version on the same studies with equal
+    unusual options repeat each other; tables.py averages them, and says what may share a table.
     """
     defaults = resolve(Config(version=config.version, data=config.data), config.kind)
-    key = {"data": config.kind if config.data else "phantom"}
+
+    # The kind of data and not their folder, which may have moved.
+    unusual = {"data": config.kind if config.data else "phantom"}
     for name in OPTIONS:
         value = getattr(config, name)
         if name not in NOT_COMPARED and value != getattr(defaults, name):
-            key[name] = value
-    return key
+            unusual[name] = value
+    return unusual
 
 
 def format_value(value) -> str:

@@ -30,15 +30,16 @@ Crop = tuple[slice, slice, slice]  # may reach beyond a volume
 def draw_crop(case: Case, patch: Shape, lesion_p: float, rng) -> Crop:
     """Slices of one crop, which may reach beyond a volume smaller than the patch.
 
-    With probability `lesion_p` (Sec. 3.4: 2/3) a lesion voxel is at the centre, else any voxel is;
-    in a study without a lesion always any voxel. Where that would leave the volume, the crop is
-    moved in.
+    With probability `lesion_p` (Sec. 3.4: 2/3) it is drawn around a lesion voxel, else around any
+    voxel, so that by chance more than `lesion_p` of the crops contain a lesion. In a study without
+    a lesion it is always drawn around any voxel. See place_crop for the borders.
     """
     shape = case.meta.shape
-    lesion_drawn = rng.random() < lesion_p  # for every study, so that all draw alike
+    # Also drawn where there is no lesion, so that a random centre does not depend on the mask.
+    lesion_drawn = rng.random() < lesion_p
     lesion = case.load("lesion") if lesion_drawn and case.has_lesion else ()
 
-    if len(lesion):  # 0 for a small lesion that was lost in resampling
+    if len(lesion):  # empty: not drawn, no lesion, or a small one that was lost in resampling
         voxel = lesion[rng.integers(len(lesion))]
         centre = np.unravel_index(int(voxel), shape)
     else:
@@ -47,7 +48,11 @@ def draw_crop(case: Case, patch: Shape, lesion_p: float, rng) -> Crop:
 
 
 def place_crop(centre, patch, shape) -> Crop:
-    """Slices of a crop around the voxel `centre`, moved into the volume if it is large enough."""
+    """Slices of a crop around the voxel `centre`, moved where it would leave the volume.
+
+    Along an axis on which the volume is smaller than the patch, the crop is centred on the volume
+    and reaches beyond it on both sides.
+    """
     crop = []
     for middle, length, side in zip(centre, patch, shape, strict=True):
         if side >= length:
@@ -65,15 +70,15 @@ def shift(cut: slice, offset: int) -> slice:
 
 def clip_crop(crop: Crop, shape) -> tuple[Crop, Crop]:
     """The part of a crop inside a volume: its slices in the volume, and in the crop itself."""
-    inside = []
-    place = []
+    in_volume = []
+    in_crop = []
     for cut, side in zip(crop, shape, strict=True):
         start = min(max(cut.start, 0), side)
         stop = min(max(cut.stop, 0), side)
         part = slice(start, stop)
-        inside.append(part)
-        place.append(shift(part, -cut.start))
-    return tuple(inside), tuple(place)
+        in_volume.append(part)
+        in_crop.append(shift(part, -cut.start))
+    return tuple(in_volume), tuple(in_crop)
 
 
 def read_crop(array: np.ndarray, crop: Crop, out: np.ndarray) -> None:
@@ -81,10 +86,10 @@ def read_crop(array: np.ndarray, crop: Crop, out: np.ndarray) -> None:
 
     Of an array that is mapped from a file no voxel outside the crop is read.
     """
-    inside, place = clip_crop(crop, array.shape[-3:])
-    if crop != inside:
+    in_volume, in_crop = clip_crop(crop, array.shape[-3:])
+    if crop != in_volume:
         out[:] = 0
-    out[(..., *place)] = array[(..., *inside)]
+    out[(..., *in_crop)] = array[(..., *in_volume)]
 
 
 @lru_cache(maxsize=4)
@@ -97,7 +102,8 @@ def visiting_order(seed: int, epoch: int, turn: int, count: int) -> np.ndarray:
 class Patches:
     """Training crops. The item of a key (epoch, index) depends on the key and `seed` alone.
 
-    Every study is visited once before any is visited again. An item holds image float16
+    index: the number of the crop within the epoch, counted over all processes. Every study is
+    visited once before any is visited again. An item holds image float16
     (2, W, H, D), CT first; mask uint8 (W, H, D); tumor, 1.0 if the crop (or, by
     class_label="volume", the study) has a lesion.
     organs: whether an item also holds the organ map, uint8 (W, H, D), which is UNKNOWN_ORGANS
@@ -145,11 +151,11 @@ class Patches:
 
     def draw(self, epoch: int, index: int) -> tuple[Case, Crop]:
         """The study and the crop of an item."""
-        turn, place = divmod(index, len(self.cases))
+        turn, position = divmod(index, len(self.cases))
         order = visiting_order(self.seed, epoch, turn, len(self.cases))
-        case = self.cases[order[place]]
+        case = self.cases[order[position]]
 
-        # The 1 tells this seed from those of visiting_order.
+        # The 1 sets this seed apart from those of visiting_order.
         rng = np.random.default_rng((self.seed, epoch, index, 1))
         return case, draw_crop(case, self.patch, self.lesion_p, rng)
 
@@ -179,17 +185,17 @@ def read_images(case: Case, crop: Crop, out: np.ndarray) -> None:
     if not isinstance(case, SwappedCT):
         return
 
-    # The place of this study's volume in the lender's, and then that of the crop.
+    # Lay the study's volume upon the lender's, middle upon middle; the crop is a part of it.
     lender_ct = case.lender.load("images")[:1]
     lender_shape = lender_ct.shape[1:]
     middle = [side // 2 for side in lender_shape]
-    volume = place_crop(middle, case.meta.shape, lender_shape)
-    inside, place = clip_crop(crop, case.meta.shape)
-    shifted = []
-    for cut, origin in zip(inside, volume, strict=True):
-        shifted.append(shift(cut, origin.start))
-    ct = out[(slice(0, 1), *place)]
-    read_crop(lender_ct, tuple(shifted), ct)
+    volume_in_lender = place_crop(middle, case.meta.shape, lender_shape)
+    in_volume, in_crop = clip_crop(crop, case.meta.shape)
+    crop_in_lender = []
+    for cut, whole in zip(in_volume, volume_in_lender, strict=True):
+        crop_in_lender.append(shift(cut, whole.start))
+    ct = out[(slice(0, 1), *in_crop)]
+    read_crop(lender_ct, tuple(crop_in_lender), ct)
 
 
 def with_swapped_ct(cases: list[Case], ct: str) -> list[Case]:

@@ -438,7 +438,7 @@ def mask_name(study: Study) -> str:
     return f"{study.name.replace('/', '__')}.nii.gz"
 
 
-def find_unlabelled(folder: Path, config) -> StudyFolder:
+def find_unlabelled(folder: Path, config: Config) -> StudyFolder:
     """The studies to predict. Raises UserError if they are of another kind than the run's."""
     data = find_studies(
         folder,
@@ -453,6 +453,14 @@ def find_unlabelled(folder: Path, config) -> StudyFolder:
     for note in data.notes:
         to_stderr(note)
     return data
+
+
+def refuse_existing(targets: list[Path]) -> None:
+    """Raises UserError if one of these files is there."""
+    existing = list(filter(Path.exists, targets))
+    if existing:
+        count = f"exists already, as do {len(existing) - 1} more files"
+        raise UserError(f"{existing[0]}: {count}. Add --overwrite, or choose another --out.")
 
 
 def predict(
@@ -483,10 +491,8 @@ def predict(
         targets.append(organs_out / "organs.json")
     for study, place in itertools.product(data.studies, folders):
         targets.append(place / mask_name(study))
-    existing = list(filter(Path.exists, targets))
-    if existing and not overwrite:
-        count = f"exists already, as do {len(existing) - 1} more files"
-        raise UserError(f"{existing[0]}: {count}. Add --overwrite, or choose another --out.")
+    if not overwrite:
+        refuse_existing(targets)
 
     findings, written = list(data.findings), []
     for study in progress(data.studies, "predict", "study"):
@@ -762,8 +768,8 @@ def print_results(evaluations: list[Evaluation]) -> None:
     for evaluation in evaluations:
         systems |= systems_of_run(evaluation.name, evaluation.systems)
 
-    # A threshold needs no run: on the same studies one column, behind those of the runs, is right
-    # for all of them. On different studies it has no one value; each summary.json has its own.
+    # An SUV threshold is the same for all runs on the same studies: one column, after the runs. On
+    # different studies it has no one value; each summary.json has its own.
     same_studies = all(e.studies == evaluations[0].studies for e in evaluations)
     for name in list(systems):
         if name.startswith(tuple(THRESHOLDS)):  # or of one tracer

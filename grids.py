@@ -28,8 +28,13 @@ class Grid(NamedTuple):
         return apply_affine(self.affine, indices)
 
 
+def same_grid(grid: Grid, other: Grid) -> bool:
+    """Whether two grids have one shape and, within TOLERANCE_MM, the same corners."""
+    return not grid_difference(grid, other, other_name="the other")
+
+
 def grid_difference(grid: Grid, other: Grid, other_name: str) -> str:
-    """How a grid differs from another, in words; empty if they agree."""
+    """How a grid differs from another, in words; empty if they agree within TOLERANCE_MM."""
     if grid.shape != other.shape:
         return f"shape {grid.shape} differs from {other.shape} of {other_name}"
 
@@ -45,11 +50,13 @@ def grid_difference(grid: Grid, other: Grid, other_name: str) -> str:
 def voxels_between(grid: Grid, affine: np.ndarray) -> np.ndarray:
     """The affine (4, 4) from the voxels of a grid to those of an image with this affine.
 
-    An entry that shifts no voxel by a hundredth of a voxel is a rounding error, and becomes 0.
+    An entry that moves even the far end of the grid by less than 0.01 voxel of the image is a
+    rounding error and becomes 0, so that parallel axes are seen as such.
     """
     to_image = np.linalg.inv(affine) @ grid.affine
-    axes = to_image[:3, :3]  # a view
-    axes[np.abs(axes) * grid.shape < 0.01] = 0
+    axes = to_image[:3, :3]  # a view; column j: one step along axis j of the grid
+    moved = np.abs(axes) * grid.shape  # over the whole length of axis j
+    axes[moved < 0.01] = 0
     return to_image
 
 
@@ -58,11 +65,13 @@ def inside_view(grid: Grid, other: Grid) -> np.ndarray:
     to_other = voxels_between(grid, other.affine)[:3].astype(np.float32)
     indices = np.ix_(*map(np.arange, grid.shape))
     inside = np.ones(grid.shape, bool)
-    for (*steps, place), count in zip(to_other, other.shape, strict=True):
-        for step, index in zip(steps, indices, strict=True):
-            if step:  # along parallel axes, places are a line and not a volume
-                place = place + step * index.astype(np.float32)
-        inside &= (place >= -FACE) & (place <= count - 1 + FACE)
+    for row, count in zip(to_other, other.shape, strict=True):
+        position = row[3]  # along one axis of `other`, in its voxels
+        for step, index in zip(row[:3], indices, strict=True):
+            # Adding a zero step too would broadcast what is a line into a volume.
+            if step:
+                position = position + step * index.astype(np.float32)
+        inside &= (position >= -FACE) & (position <= count - 1 + FACE)
     return inside
 
 
@@ -89,17 +98,20 @@ def resample_to(
     outside: the value beyond the field of view of the image.
     smooth: smooth the image first along axes where the grid is much coarser (smooth_for_steps).
 
-    An image that lies on this grid, within the tolerance, is returned as it is.
+    An image that already lies on this grid (same_grid) is returned itself, whatever the order: not
+    copied, in its own type, and read-only if it was.
     """
     image_grid = Grid(image.shape, affine)
-    if not grid_difference(image_grid, grid, ""):
+    if same_grid(image_grid, grid):
         return image
 
     to_image = voxels_between(grid, affine)
     axes = to_image[:3, :3]
-    steps = np.linalg.norm(axes, axis=1)  # of the grid, in voxels of the image
+    # Per axis of the image: how many of its voxels lie between two samples.
+    steps = np.linalg.norm(axes, axis=1)
 
-    # A whole body is large: what lies far from the grid is cut off before it is smoothed.
+    # A whole body is large: what lies far from the grid is cut off before it is smoothed. The
+    # margin is the reach of smooth_for_steps, as SciPy cuts a Gaussian at 4 σ = 2 (step - 1).
     corners = apply_affine(np.linalg.inv(affine), grid.corners)
     image, first = crop_around(image, corners, margin=1 + 2 * steps)
     offset = to_image[:3, 3] - first
@@ -110,12 +122,13 @@ def resample_to(
         image = smooth_for_steps(image, steps)
 
     if np.count_nonzero(axes) == 3:  # Each axis of the grid is parallel to one of the image.
-        along = np.abs(axes).argmax(axis=0)
+        parallel = np.abs(axes).argmax(axis=0)  # the axis of the image, for each of the grid
         positions = []
-        for axis, count in zip(along, grid.shape, strict=True):
-            positions.append(axes[axis].sum() * np.arange(count) + offset[axis])
+        for grid_axis, image_axis in enumerate(parallel):
+            step = axes[image_axis, grid_axis]
+            positions.append(step * np.arange(grid.shape[grid_axis]) + offset[image_axis])
         resample = resample_linear if order else resample_nearest
-        resampled = resample(image.transpose(along), positions)
+        resampled = resample(image.transpose(parallel), positions)
     else:
         resampled = ndimage.affine_transform(
             image,
@@ -184,7 +197,10 @@ def interpolate(image: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarr
 
 
 def resample_nearest(labels: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
-    """As resample_linear, of labels: each the value of the nearest voxel, halfway the even one."""
+    """Sample labels at the grid of `positions`, each time the nearest voxel.
+
+    Halfway between two voxels it is the one with the even index.
+    """
     indices = []
     for places, count in zip(positions, labels.shape, strict=True):
         nearest = np.rint(places).astype(np.int64)

@@ -92,12 +92,12 @@ class Variant:
 
     @property
     def takes_phi(self) -> bool:
-        """Whether Φ applies: the CT branch has a task, and it is not the mask."""
+        """Whether Φ applies: the CT branch reconstructs CT, or segments organs (default: no Φ)."""
         return self.ct is not None and self.ct.target != "mask"
 
     @property
     def fused(self) -> bool:
-        """Whether both branches segment the same classes and their logits are averaged (Eq. 4)."""
+        """Whether both branches segment the same classes, and θ sums their logits (Eq. 4)."""
         return len(self.mask_tasks) == 2 and self.ct == self.pet
 
     @property
@@ -166,7 +166,9 @@ def find_variant(kind: str, version: str, organs: tuple[str, ...] = ()) -> Varia
 
 
 class Output(NamedTuple):
-    """What a network returns. A field that it lacks, or was not asked for, is None.
+    """What a network returns. A field that it lacks, or did not compute, is None.
+
+    A branch that was decoded for the mask is filled in even if only `seg` was asked for.
 
     seg: logits of the final mask. PET/CT (B, 2, W, H, D): background, lesion. MRI (B, 3, W, H, D):
         background, edema, core; in v1 and v2 these are 0 and each branch's foreground minus
@@ -202,7 +204,7 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_parameter("theta", None)  # MirrorUNet has one
+        self.register_parameter("theta", None)  # Every network has the attribute.
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that the branches `ct` and `pet` both hold, each once (Sec. 3.2).
@@ -217,7 +219,7 @@ class Network(nn.Module):
     def step_options(self, number: int) -> dict:
         """Further arguments of forward in a training step.
 
-        number: a random one, equal on all devices.
+        number: a random integer to draw from; the same on all devices.
         """
         return {}
 
@@ -335,7 +337,7 @@ class BottleneckDecoder(nn.Sequential):
             Up(c5 + c5, c3),
             Up(c3, c2),
             Up(c2, c1),
-            Up(c1, out_channels),
+            Up(c1, out_channels),  # with norm and PReLU (not bare), as in the released code
         )
 
 
@@ -363,15 +365,15 @@ class Classifier(nn.Sequential):
 SKIPS = {6: 4, 7: 3, 8: 2, 9: 1}  # decoder layer: encoder layer whose map it is given too
 
 Branches = dict[str, nn.ModuleList]  # layers 1-9 of each branch, by its name
-Maps = dict[str, Tensor]  # one map of each branch, by its name
+ByBranch = dict[str, Tensor]  # one image or feature map of each branch, by its name
 
 
-def run_layer(branches: Branches, number: int, inputs: Maps) -> Maps:
+def run_layer(branches: Branches, number: int, inputs: ByBranch) -> ByBranch:
     """Layer `number` of every branch in `inputs`, each on its own input."""
     return {name: branches[name][number - 1](x) for name, x in inputs.items()}
 
 
-def encode(branches: Branches, images: Maps) -> dict[int, Maps]:
+def encode(branches: Branches, images: ByBranch) -> dict[int, ByBranch]:
     """Layers 1-5 of every branch in `images`, in step: their outputs by the layer's number.
 
     The images are (B, 1, W, H, D), layer 5 puts out the bottoms (B, 256, W/16, H/16, D/16).
@@ -384,11 +386,11 @@ def encode(branches: Branches, images: Maps) -> dict[int, Maps]:
     return maps
 
 
-def decode(branches: Branches, bottoms: Maps, maps: dict[int, Maps]) -> Maps:
+def decode(branches: Branches, bottoms: ByBranch, maps: dict[int, ByBranch]) -> ByBranch:
     """Layers 6-9 of every branch in `bottoms`, in step: outputs (B, C, W, H, D).
 
     Each layer concatenates the encoder's map of its size to what comes from below, and doubles
-    the size. bottoms: (B, 256, W/16, H/16, D/16) each. maps: what encode returns.
+    the size. bottoms: (B, 256, W/16, H/16, D/16) each. maps: by layer, as encode returns them.
     """
     outputs = bottoms
     for number, skip in SKIPS.items():
@@ -462,7 +464,8 @@ class MirrorUNet(Network):
         if self.variant.tumor:
             self.classifier = Classifier(2 * bottom if self.classifier_sees_ct else bottom)
 
-        # Registered in every version, as in the released code, so that parameter counts agree.
+        # v4 alone uses θ. The others hold it frozen, so that they have as many parameters as the
+        # released code.
         learned = theta == "learn"
         self.theta = nn.Parameter(
             torch.tensor(0.5 if learned else float(theta)),
@@ -509,7 +512,8 @@ class MirrorUNet(Network):
     def branches_to_run(self, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]:
         """The branches that must be encoded for the wanted heads, and those decoded as well.
 
-        With bottleneck "own" the mask of v1-v3 needs only PET's, so at inference CT's never runs.
+        With bottleneck "own" the mask of v1-v3 needs PET's branch alone. CT's is encoded only if
+        its own output, D_BTL or a T that sees both bottoms is wanted too.
         """
         tumor_sees_ct = "tumor" in wanted and self.classifier_sees_ct
         needs_both = "btl" in wanted or tumor_sees_ct or self.joint is not None
@@ -525,7 +529,7 @@ class MirrorUNet(Network):
                 to_encode.append(name)
         return to_encode, to_decode
 
-    def final_mask(self, logits: Maps) -> Tensor:
+    def final_mask(self, logits: ByBranch) -> Tensor:
         """The field `seg` of Output from the logits (B, 1 + K, W, H, D) of the mask's branches."""
         if len(self.mask_branches) == 1:  # v1-v3: D_P is the mask
             return logits[self.mask_branches[0]]

@@ -17,10 +17,10 @@ from nibabel import orientations
 from checks import BODY_SUV
 from grids import (
     Grid,
-    grid_difference,
     resample_linear,
     resample_nearest,
     resample_to,
+    same_grid,
     smooth_for_steps,
 )
 from studies import Study, Volume, check_values, read_study, reference_slot
@@ -75,7 +75,7 @@ class CaseMeta:
     shape: list[int]  # cached grid
     spacing: list[float]  # cached grid, mm
     native_shape: list[int]  # in the axes of the mask's file
-    native_spacing: list[float]  # mm, not in the axes of the file but in the anatomical ones
+    native_spacing: list[float]  # mm; in the anatomical axes, unlike native_shape
     native_affine: list[list[float]]  # (4, 4) from voxels of the mask's file to mm
     to_axes: list[list[float]]  # (3, 2) to the anatomical axes, as nibabel's ornt_transform has it
     box: list[list[int]]  # [start, stop] of the kept part, in native voxels per anatomical axis
@@ -91,10 +91,12 @@ class CaseMeta:
 
     @property
     def cached_grid(self) -> Grid:
-        to_native = np.diag([*np.divide(self.spacing, self.native_spacing), 1])
-        to_native[:3, 3] = [start for start, _ in self.box]
-        to_files = orientations.inv_ornt_aff(np.array(self.to_axes), self.native_shape)
-        return Grid(tuple(self.shape), self.native_affine @ to_files @ to_native)
+        # Cached voxels to native voxels in the anatomical axes, to voxels of the file, to mm.
+        cached_to_turned = np.diag([*np.divide(self.spacing, self.native_spacing), 1])
+        cached_to_turned[:3, 3] = [start for start, _ in self.box]
+        turned_to_file = orientations.inv_ornt_aff(np.array(self.to_axes), self.native_shape)
+        affine = self.native_affine @ turned_to_file @ cached_to_turned
+        return Grid(tuple(self.shape), affine)
 
 
 # ------------------------------------------------------------------ one study
@@ -107,10 +109,11 @@ def preprocess(study: Study, settings: Preprocessing) -> tuple[dict[str, np.ndar
 
     images: float16 (2, W, H, D), CT first
     label: the mask on the cached grid, uint8 (W, H, D)
-    lesion: its voxels that are not 0, uint32 indices in C order
-    native_label: those of the mask on the native grid, see flat_indices
-    native_class: the class of each of them, uint8
-    native_suv4, native_suv2.5: the voxels with at least this SUV on the native grid (PET/CT)
+    lesion: nonzero voxels of `label`, uint32 indices in C order
+    native_label: nonzero voxels of the mask on the native grid, uint32 indices in Fortran order
+    native_class: the class of each voxel in native_label, uint8
+    native_suv4, native_suv2.5: voxels of at least this SUV on the native grid, indexed like
+        native_label (PET/CT)
 
     A study without a mask has the images alone.
     """
@@ -160,14 +163,18 @@ def plan_grid(
     settings: Preprocessing,
     facts: dict,
 ) -> CaseMeta:
-    """Lay the cached grid of a study around its body, along the axes of its native grid."""
+    """Lay the cached grid of a study around its body.
+
+    Its axes are those of the native grid, in the order and direction of settings.axes.
+    """
     # From the axes of the files to the anatomical ones.
-    axes = orientations.axcodes2ornt(settings.axes)
-    to_axes = orientations.ornt_transform(nib.io_orientation(native.affine), axes)
+    wanted = orientations.axcodes2ornt(settings.axes)
+    to_axes = orientations.ornt_transform(nib.io_orientation(native.affine), wanted)
     turned_affine = native.affine @ orientations.inv_ornt_aff(to_axes, native.shape)
     native_spacing = np.linalg.norm(turned_affine[:3, :3], axis=0)
 
-    # The body is warm in PET. In MRI the skull is stripped, and all but the brain is 0.
+    # The body is warm in PET. In MRI the skull is stripped, and all but the brain is 0. The nearest
+    # voxel (order=0) is good enough for a box; preprocess() interpolates for the SUV thresholds.
     pet = on_grid(volumes["pet"], native, order=0)
     if settings.kind == "petct":
         body = pet > settings.body_suv
@@ -216,10 +223,10 @@ def flat_indices(mask: np.ndarray) -> np.ndarray:
 
 
 def scale(image: np.ndarray, limits: Range | None) -> np.ndarray:
-    """Clip an image to its limits and scale it to [0, 1], in place.
+    """Clip a float32 image to its limits and scale it to [0, 1]; the image itself is changed.
 
-    Without limits (MRI), scale the brain, the voxels that are not 0, to zero mean and unit
-    variance; the others stay 0.
+    Without limits (MRI) a new image is returned: the brain, which are the voxels that are not 0,
+    has zero mean and unit variance, and the others stay 0.
     """
     if limits:
         low, high = limits
@@ -246,19 +253,19 @@ def content_hash(content) -> str:
 
 
 def image_to_cached(study: Study, meta: CaseMeta, slot: str, volume: Volume) -> np.ndarray:
-    """Resample an image of a study linearly to the cached grid; float32 (W, H, D).
+    """Resample an image of a study linearly to the cached grid; a new array, float32 (W, H, D).
 
-    Images on grids of their own are smoothed first where the cached grid is much coarser. Those of
-    studies on one grid are not, like MONAI's Spacing.
+    In a study with own_grids every image, also the one on the native grid, is smoothed first along
+    axes where the cached grid is much coarser. In other studies none is, like in MONAI's Spacing.
     """
-    if not grid_difference(volume.grid, meta.native_grid, ""):
+    if same_grid(volume.grid, meta.native_grid):
         inside = crop_to_body(meta, volume.data).astype(np.float32, order="C")
         if study.own_grids:
             inside = smooth_for_steps(inside, np.divide(meta.spacing, meta.native_spacing))
         return resample_linear(inside, cached_positions(meta))
 
     is_ct = study.kind == "petct" and slot == "ct"
-    return resample_to(
+    resampled = resample_to(
         volume.data,
         volume.affine,
         meta.cached_grid,
@@ -266,6 +273,8 @@ def image_to_cached(study: Study, meta: CaseMeta, slot: str, volume: Volume) -> 
         outside=OUTSIDE_HU if is_ct else 0.0,
         smooth=True,
     )
+    # An image that lies on the cached grid comes back itself: read-only, in its file's type.
+    return resampled.astype(np.float32, order="C")
 
 
 def labels_to_cached(meta: CaseMeta, labels: np.ndarray) -> np.ndarray:
@@ -314,7 +323,7 @@ def native_positions(meta: CaseMeta) -> list[np.ndarray]:
 def grid_positions(shape, spacing, new_spacing) -> list[np.ndarray]:
     """Where a new grid samples an old one, in old voxels per axis; their first voxels coincide.
 
-    The count is that of MONAI's Spacing: the distance of the end voxels, rounded to new voxels.
+    As in MONAI's Spacing, there are round((count - 1) * old / new + 1) new voxels.
     """
     positions = []
     for count, old, new in zip(shape, spacing, new_spacing, strict=True):

@@ -26,7 +26,7 @@ import numpy as np
 
 from checks import failed_checks, measure_images
 from common import Parser, UserError, command_line, progress, read_json, reading
-from grids import Grid, grid_difference, resample_to, share_inside
+from grids import Grid, grid_difference, resample_to, same_grid, share_inside
 
 nib.imageglobals.logger.setLevel("CRITICAL")  # Bad headers are reported by our own checks.
 
@@ -914,8 +914,7 @@ def reference_slot(study: Study, volumes: dict[str, Volume]) -> str:
     label = volumes.get("label")
     if label is None:
         return study.reference
-    is_on_pet = not grid_difference(label.grid, volumes["pet"].grid, "")
-    return "pet" if is_on_pet else "ct"
+    return "pet" if same_grid(label.grid, volumes["pet"].grid) else "ct"
 
 
 # ------------------------------------------------------------------ checking the values

@@ -19,6 +19,7 @@ from certainty import holm, interval, sign_flip
 from common import Parser, UserError, atomic, command_line, read_json, reading
 from config import (
     OPTIONS,
+    Config,
     applicable_options,
     format_value,
     parse_settings,
@@ -28,6 +29,13 @@ from metrics import Metric, align_columns, metric_values, metrics_by_name
 from runs import TEST_AGAIN, cohort_hash, is_finished, load_config, load_splits, write_csv
 
 # ------------------------------------------------------------------ which runs may share a table
+
+# Three functions decide this, each by the one before it:
+# 1. unusual_options, in config.py, lists where a run differs from the defaults of its version.
+# 2. group_comparable_runs puts runs together that agree in this list, their version and their
+#    studies, but for the options that a table compares.
+# 3. runs_for_table, for Tables 3-5, first leaves out each run with an unusual option that --with
+#    does not ask for.
 
 
 class RunGroup(NamedTuple):
@@ -43,32 +51,75 @@ def describe(settings: dict) -> str:
 
 
 def group_comparable_runs(runs: pd.DataFrame, compared: Collection[str]) -> list[RunGroup]:
-    """Group the runs that differ in nothing but `compared`, seed, fold and the launch.
+    """Group the runs whose version, studies and unusual options agree, except for `compared`.
 
     runs: with the columns config (resolved; a run without one is left out) and studies, a
-    cohort_hash. compared: the options that may differ within a group. The group with the fewest
-    unusual settings comes first.
+    cohort_hash. compared: names of what may differ within a group. The group with the fewest
+    unusual options comes first.
     """
     runs = runs[runs["config"].notna()]
-    positions = {}  # of the runs of each group, by its settings
+    positions = {}  # of the runs of each group, by the settings that they have in common
     for position, run in enumerate(runs.itertuples()):
-        settings = unusual_options(run.config)  # what differs from the defaults of its version
+        settings = unusual_options(run.config)
         settings.update(version=run.config.version, studies=run.studies)
-        key = tuple(item for item in settings.items() if item[0] not in compared)
-        positions.setdefault(key, []).append(position)
-    keys = sorted(positions, key=len)
+        in_common = tuple(item for item in settings.items() if item[0] not in compared)
+        positions.setdefault(in_common, []).append(position)
+    group_settings = sorted(positions, key=len)
 
+    # A group is described by what differs between groups.
     differing = []
     for name in (*OPTIONS, "studies"):
-        if len({dict(key).get(name) for key in keys}) > 1:
+        if len({dict(in_common).get(name) for in_common in group_settings}) > 1:
             differing.append(name)
 
     groups = []
-    for key in keys:
-        settings = dict(key)
+    for in_common in group_settings:
+        settings = dict(in_common)
         about = describe({name: settings.get(name) for name in differing})
-        groups.append(RunGroup(about, runs.iloc[positions[key]]))
+        groups.append(RunGroup(about, runs.iloc[positions[in_common]]))
     return groups
+
+
+# The budget and the kind of data: a table of the paper may have any, but one for all its rows.
+SAME_IN_ALL_ROWS = {"epochs", "steps", "crops", "batch_size", "data"}
+
+
+def deviating_options(config: Config, given: dict) -> list[str]:
+    """The options that keep a run out of a table of the paper; none if it belongs there.
+
+    An option deviates if its value is not the one given for the table or, if none is given, not
+    the default. Any value does for those of SAME_IN_ALL_ROWS if none is given, and for a given
+    option that does not apply to the run's version.
+    """
+    not_default = unusual_options(config).keys() - SAME_IN_ALL_ROWS - given.keys()
+
+    applies = applicable_options(config, config.kind)
+    not_as_given = set()
+    for name, value in given.items():
+        if applies[name] and getattr(config, name) != value:
+            not_as_given.add(name)
+    return sorted(not_default | not_as_given)
+
+
+def runs_for_table(runs: pd.DataFrame, given: dict) -> tuple[list[RunGroup], list[str]]:
+    """Choose the runs without deviating options, and group them by budget, data and studies.
+
+    runs: of finished_runs. given: the options of --with, each with its value for the table. Returns
+    the groups, and a line for each run that is left out, with the settings that deviate.
+    """
+    is_chosen = []  # for each run
+    left_out = []
+    for run in runs.itertuples():
+        deviating = deviating_options(run.config, given)
+        is_chosen.append(not deviating)
+        if deviating:
+            settings = {name: getattr(run.config, name) for name in deviating}
+            left_out.append(f"{run.run}: {describe(settings)}")
+
+    # The rows are different systems, and a given option may apply to some of them only, so that the
+    # others have its default. Rows may therefore differ in all options but SAME_IN_ALL_ROWS.
+    compared = OPTIONS.keys() - SAME_IN_ALL_ROWS
+    return group_comparable_runs(runs[np.array(is_chosen, bool)], compared), left_out
 
 
 # ------------------------------------------------------------------ the tables of a search
@@ -293,7 +344,6 @@ PAPER_TABLES = {
 }  # fmt: skip
 
 
-BUDGET = {"epochs", "steps", "crops", "batch_size"}  # the same for all rows of a table
 DEFINITIONS = (
     "here: Dice in % over studies with a lesion, volumes in ml, on the studies' own grids; the "
     "paper gives neither its rule for empty masks nor a plausible unit. In brackets 95 % intervals "
@@ -317,7 +367,7 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
             continue
         if (run / "trial.json").exists() and run.parent != root:
             continue
-        config = load_config(run)
+        config = load_config(run)  # of a late fusion: that of its CT run, see eval.py
         late_fusion = read_json(run / "config.json").get("late_fusion")
         if not late_fusion and not is_finished(run, config.epochs):
             continue  # it trains on: these results are of fewer epochs
@@ -326,33 +376,6 @@ def finished_runs(number: int, root: Path) -> pd.DataFrame:
         if config.kind == table.kind and system in systems:
             rows.append((run, system, config, cohort_hash(load_splits(run))))
     return pd.DataFrame(rows, columns=["run", "system", "config", "studies"])
-
-
-def runs_for_table(runs: pd.DataFrame, given: dict) -> tuple[list[RunGroup], list[str]]:
-    """Choose the runs that a table of the paper holds.
-
-    They have the defaults of their system and data, but for `given`: options with one value for all
-    rows. Returns them in groups, each of one kind of data, cohort and budget; and a line for each
-    other run, with the settings that keep it out.
-    """
-    grouping = BUDGET | {"data"}  # what a group has in common
-    chosen, others = [], []
-    for run in runs.itertuples():
-        # Unusual is what is neither the default nor given, and what is given but not so here.
-        unusual = unusual_options(run.config).keys() - grouping - given.keys()
-        applies = applicable_options(run.config, run.config.kind)
-        for name, value in given.items():
-            if applies[name] and getattr(run.config, name) != value:
-                unusual.add(name)
-
-        chosen.append(not unusual)
-        if unusual:
-            settings = {name: getattr(run.config, name) for name in sorted(unusual)}
-            others.append(f"{run.run}: {describe(settings)}")
-
-    # All else is the default or given in each of the chosen runs: it cannot divide the groups.
-    compared = OPTIONS.keys() - grouping
-    return group_comparable_runs(runs[np.array(chosen, bool)], compared), others
 
 
 def read_test_studies(run: Path, metrics: list[Metric]) -> pd.DataFrame:
@@ -484,15 +507,15 @@ def write_paper_table(number: int, root: Path, out: Path, given: dict) -> str:
     if runs.empty:
         problem = f"no run of Table {number} with test results"
         raise UserError(f"{root}: {problem}. Give the folder that holds them.")
-    groups, others = runs_for_table(runs, given)
+    groups, left_out = runs_for_table(runs, given)
 
     tables, texts = [], []
     for about, group_runs in groups or [RunGroup("", runs[:0])]:  # without any: the paper alone
         table, text = beside_paper(number, group_runs)
         tables.append(table.assign(about=about))
         texts.append(f"**{about}**\n\n{text}" if about else text)
-    if others:
-        texts.append("\n\n".join(["Other settings, in no row (see --with):", *others]))
+    if left_out:
+        texts.append("\n\n".join(["Other settings, in no row (see --with):", *left_out]))
     text = "\n\n".join(texts)
 
     out.mkdir(parents=True, exist_ok=True)

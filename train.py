@@ -76,12 +76,12 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
     set_threads(config.threads, ranks.say)
 
     # The studies, and the config settled for them.
-    folder = ranks.on_main(lambda: runs.find_data(config, ranks.say))
-    config = resolve(config, folder.kind)
-    cases = ranks.on_main(lambda: runs.load_cases(folder, config, ranks.say))
+    data = ranks.on_main(lambda: runs.find_data(config, ranks.say))
+    config = resolve(config, data.kind)
+    cases = ranks.on_main(lambda: runs.load_cases(data, config, ranks.say))
     config = runs.with_organ_names(config, cases, ranks.say)
 
-    # The network comes before the run folder: a config that does not fit it leaves no trace.
+    # The network is built first, so that a config it refuses leaves no run folder behind.
     model = runs.build_model(config)
     config = choose_amp(config, device, model)
 
@@ -129,7 +129,10 @@ def train(config: Config, report: Callable[[dict], None] | None = None) -> dict:
 
 
 def divide_cases(cases: list[Case], splits: dict, ct: str) -> dict[str, list[Case]]:
-    """The studies of each part, in the order of the splits. ct: --ct, which acts within a part."""
+    """The studies of each part, in the order of the splits.
+
+    ct: --ct; with "other" each study is given the CT of another patient of the same part.
+    """
     by_name = {case.name: case for case in cases}
     parts = {}
     for part, names in splits.items():
@@ -141,23 +144,29 @@ def divide_cases(cases: list[Case], splits: dict, ct: str) -> dict[str, list[Cas
 def check_batch_size(config: Config, model: Network, world: int, study_count: int) -> None:
     """Refuse a --batch-size that `world` processes cannot train with.
 
-    Raises UserError if it is larger than an epoch, if the processes cannot share it, or if it
-    leaves batch norm a single value. study_count: of the training part.
+    Raises UserError if it is much larger than an epoch, if the processes cannot share it, or if it
+    is one crop per process of the smallest patch. study_count: of the training part.
     """
     batch = f"--batch-size {config.batch_size}"
     crops = study_count * config.crops
-    if config.batch_size > max(crops, 4):  # 4 is the default, which suits any cohort
+    # A batch of up to 4, the default for real data, may exceed an epoch: it then holds a study
+    # more often than --crops times.
+    if config.batch_size > max(crops, 4):
         finding = f"more than the {crops} crops of an epoch, of {study_count} training studies"
         raise UserError(f"{batch}: {finding}. Use a smaller one, or more --crops.")
 
     if config.batch_size % world:
         raise UserError(f"{batch} does not divide by {world} devices.")
 
-    one_voxel_bottom = max(config.patch) <= model.min_side
-    if one_voxel_bottom and config.batch_size == world:
-        finding = "with one crop per device leaves batch norm a single value at the bottom"
+    # On the smallest patch the deepest maps of Mirror U-Net and DeepMTS have one voxel, and batch
+    # norm would have a single value per channel. Networks with instance norm are refused too,
+    # though one crop would do: the rule is the same for all systems.
+    smallest_patch = max(config.patch) <= model.min_side
+    if smallest_patch and config.batch_size == world:
+        finding = "is the smallest of this network; with one crop per device it"
+        reason = "leaves batch norm a single value at the bottom, if the network has it"
         remedy = "Use a larger --patch or --batch-size"
-        raise UserError(f"--patch {config.patch} {finding}. {remedy}.")
+        raise UserError(f"--patch {config.patch} {finding} {reason}. {remedy}.")
 
 
 def make_state(
@@ -255,24 +264,35 @@ def print_run_summary(state: State, parts: dict[str, list[Case]], loader: Loader
 
 
 def step_seed(*numbers: int) -> int:
-    """A seed for Φ and dropout from (seed, epoch, step, rank): no random state need be saved."""
+    """A random integer from (seed, epoch, step) or (seed, epoch, step, rank), always the same.
+
+    It seeds Φ and dropout, or picks the branch that Valindria trains: no random state need be
+    saved.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def learning_rate(config: Config, epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0: --lr, and a tenth of it from --lr-drop on."""
+    """The learning rate of an epoch: --lr, and a tenth of it once --lr-drop epochs are done.
+
+    epoch: counted from 0, so it is the number of epochs done.
+    """
     dropped = config.lr_drop and epoch >= config.lr_drop
     return config.lr * 0.1 if dropped else config.lr
 
 
 def train_step(
-    state: State, batch: dict, forward_options: dict, norms: dict | None = None
+    state: State,
+    batch: dict,
+    forward_options: dict,
+    gradient_norms_out: dict | None = None,
 ) -> dict[str, torch.Tensor]:
     """One update of the weights; returns the weighted loss terms by name.
 
-    batch: images and targets as data.Patches gives them. forward_options: see
-    Network.step_options. norms: a dict to fill with the norm of each term's gradient on the shared
-    layers; None saves the time that these take.
+    batch: images and targets as data.Patches gives them.
+    forward_options: see Network.step_options.
+    gradient_norms_out: a dict that is filled with the norm of each term's gradient on the shared
+        layers; None: they are not computed, as that is slow.
     """
     config, optimizer, scaler = state.config, state.optimizer, state.scaler
     on_device = {}
@@ -284,10 +304,11 @@ def train_step(
     # Φ changes what the CT branch is given, not what it has to reconstruct.
     with autocast(state.device, config.amp):
         output = state.wrapped(transform_ct(ct, config), pet, **forward_options)
+    # With --modality ct or pet both targets are that one image.
     targets = {**on_device, "ct": ct, "pet": pet}
     terms = runs.loss_function(config)(output, targets, config)  # config holds the weights λ
-    if norms is not None:
-        norms.update(gradient_norms(terms, state.model.shared_parameters()))
+    if gradient_norms_out is not None:
+        gradient_norms_out.update(gradient_norms(terms, state.model.shared_parameters()))
 
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(sum(terms.values())).backward()
@@ -311,16 +332,17 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
     model.train()
     loader.schedule.epoch = epoch
 
-    sums = 0  # of each loss term
-    norms = {}  # of the first step
+    sums = 0  # over the steps: one value per loss term, in the order of `terms`
+    first_norms = {}  # gradient norms of the first step
     seconds_waited = 0.0  # for the loader
     started = waiting_since = time.perf_counter()
     for step, batch in enumerate(loader):
         seconds_waited += time.perf_counter() - waiting_since
         torch.manual_seed(step_seed(config.seed, epoch, step, ranks.rank))
-        # All ranks must train the same branches, so this seed has no rank in it.
-        forward_options = model.step_options(step_seed(config.seed, epoch, step))
-        terms = train_step(state, batch, forward_options, norms if step == 0 else None)
+        # All ranks must train the same branches, so this number does not depend on the rank.
+        random_number = step_seed(config.seed, epoch, step)
+        forward_options = model.step_options(random_number)
+        terms = train_step(state, batch, forward_options, first_norms if step == 0 else None)
         sums = sums + torch.stack(list(terms.values()))
         bar.update(config.batch_size)
         waiting_since = time.perf_counter()
@@ -335,8 +357,9 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
     ranks.average_buffers(model)
 
     row = {"epoch": epoch + 1, "lr": lr, "loss": loss}
-    row.update(zip(terms, means, strict=True))
-    for name, norm in norms.items():
+    term_names = list(terms)  # the same in every step
+    row.update(zip(term_names, means, strict=True))
+    for name, norm in first_norms.items():
         row[f"grad_{name}"] = norm
     if config.theta is not None:
         row["theta"] = model.theta.item()
@@ -376,12 +399,10 @@ def save_epoch(state: State, row: dict) -> None:
         "epoch": state.epoch,
         "model": state.model.state_dict(),
     }
-    # Without a lesion to validate on, Dice is NaN and best_dice stays -inf, so that the last
-    # validated epoch wins.
-    dice = row.get("val_dice", -math.inf)
-    undefined = math.isnan(dice) and state.best_dice == -math.inf
-    if dice > state.best_dice or undefined:
-        state.best_dice = -math.inf if undefined else dice
+    if is_best(row, state.best_dice):
+        dice = row["val_dice"]
+        if not math.isnan(dice):
+            state.best_dice = dice
         runs.save_checkpoint(state.run / "best.pt", {**checkpoint, "val_dice": dice})
 
     runs.write_csv(state.run / "metrics.csv", state.rows)
@@ -390,6 +411,18 @@ def save_epoch(state: State, row: dict) -> None:
     checkpoint["best_dice"] = state.best_dice
     checkpoint["studies"] = state.fingerprints
     runs.save_checkpoint(state.run / "last.pt", checkpoint)
+
+
+def is_best(row: dict, best_dice: float) -> bool:
+    """Whether an epoch becomes best.pt. best_dice: the best Dice before it, -inf if there is none.
+
+    Without a lesion to validate on, Dice is always NaN, and the last validated epoch is the best.
+    """
+    if "val_dice" not in row:
+        return False
+    if math.isnan(row["val_dice"]):
+        return best_dice == -math.inf
+    return row["val_dice"] > best_dice
 
 
 def test_best_checkpoint(state: State, val: list[Case], test: list[Case]) -> dict:

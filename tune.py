@@ -59,10 +59,13 @@ LAMBDAS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5]  # supplement Fig. 1
 THETAS = [0.1, 0.2, 0.3, 0.4, 0.5, "learn"]  # Table 2
 
 
-def expand_grid(**choices: list) -> list[dict]:
-    """Every combination of the values that each option may have."""
-    combinations = itertools.product(*choices.values())
-    return [dict(zip(choices, values, strict=True)) for values in combinations]
+def expand_grid(**axes: list) -> list[dict]:
+    """The options of each point of a grid, whose last axis varies fastest.
+
+    axes: the values of each option.
+    """
+    points = itertools.product(*axes.values())
+    return [dict(zip(axes.keys(), values, strict=True)) for values in points]
 
 
 # The options of each trial of a search; all others are the defaults.
@@ -109,29 +112,36 @@ def draw_options(seed: int, number: int, kind: str) -> dict:
 
 
 def search_options(args: argparse.Namespace, given: dict, kind: str) -> list[dict]:
-    """The options of each trial of a search on one fold; those that do not apply are left out.
+    """The options of each trial of a search on one fold: a dict for each seed and row of its space.
 
-    args, given: of parse_tune. kind: of the data. Raises UserError for an option that applies to no
-    trial, or that an arm of a claim settles.
+    Options that do not apply to the trial's version are left out. args, given: of parse_tune. kind:
+    of the data. Raises UserError for an option that applies to no trial, or that an arm of a claim
+    settles.
     """
     space = SPACES.get(args.search, [])
-    varied = list(itertools.chain(*space))  # names of options
+    varied = []  # names of the options that the space sets
+    for options in space:
+        varied.extend(options.keys())
 
-    # In a grid, a given option takes the place of an axis. An arm of a claim is what it is.
+    # The arms of a claim cannot be changed.
     for name in given:
         if args.search in COMPARISONS and name in varied:
             raise UserError(f"{flag_of(name)}: --search {args.search} sets it. Leave it out.")
 
     trials = []
+    used = set()  # names of the options that some trial uses
     for seed in args.seed:
         if args.search == "free":
             space = [draw_options(seed, number, kind) for number in range(args.samples)]
         for options in space:
+            # A given option takes the place of an axis of a grid. Of the trials that this makes
+            # equal, prepare_trials keeps one.
             options = {**options, **given, "seed": seed}
             applies = applicable_options(Config(**options), kind)
-            trials.append({name: value for name, value in options.items() if applies[name]})
+            trial = {name: value for name, value in options.items() if applies[name]}
+            trials.append(trial)
+            used.update(trial.keys())
 
-    used = set().union(*trials)
     for name in (*given, *varied):
         if name not in used:
             problem = f"{flag_of(name)} has no effect on {trials[0]['version']}"
@@ -143,8 +153,13 @@ def search_options(args: argparse.Namespace, given: dict, kind: str) -> list[dic
 # ------------------------------------------------------------------ the folders of the trials
 
 
-def trial_name(trial: Config, splits_hash: str) -> str:
-    """The folder of a trial: what searches vary, and a hash of all that sets two trials apart."""
+def trial_name(trial: Config, inputs_hash: str) -> str:
+    """The name of a trial's folder, such as v3-L5-shuffle-rec0.01-cls0.001-seed0-0123abcd.
+
+    It shows the options that searches vary, and ends with a hash of all that sets two trials apart.
+    inputs_hash: of the splits, and of the organ maps if the trial learns them.
+    """
+    # The name of a compared system, which shares no layers, shows L5 too: the unused default.
     words = [trial.version, f"L{''.join(map(str, trial.shared)) or 'none'}"]
     prefixes = {"phi": "", "theta": "theta", "lambda_rec": "rec", "lambda_cls": "cls"}
     for name, prefix in prefixes.items():
@@ -153,7 +168,7 @@ def trial_name(trial: Config, splits_hash: str) -> str:
             words.append(prefix + format_value(value))
     if trial.fold:
         words.append(f"fold{trial.fold}")
-    identity = [trial.version, unusual_options(trial), trial.seed, trial.fold, splits_hash]
+    identity = [trial.version, unusual_options(trial), trial.seed, trial.fold, inputs_hash]
     return "-".join([*words, f"seed{trial.seed}", short_hash(identity)])
 
 
@@ -176,27 +191,30 @@ def parse_folds(words: list[str], config: Config) -> list[int]:
 
 
 def learns_organs(config: Config) -> bool:
-    return variant_for(config, config.kind).organ_branch
+    return variant_for(config, config.kind).organ_branch is not None
 
 
 def prepare_trials(args: argparse.Namespace, given: dict) -> list[Config]:
-    """Read the data, and give each trial of the search a folder with its trial.json.
+    """Cache the studies, split them, and give each trial a folder with its trial.json.
 
-    args, given: of parse_tune. Returns the config of each trial. Raises UserError.
+    args, given: of parse_tune. Returns the config of each trial, whose `out` is its folder. Raises
+    UserError.
     """
+    # What is trained on each fold.
     data = find_data(Config(**given))
-    configs = []  # on fold 0
+    configs = []
     for options in search_options(args, given, data.kind):
         configs.append(resolve(Config(**options), data.kind))
     folds = parse_folds(args.fold, configs[0])
 
-    # The studies are cached once, before the trials read them. Trials of v5 need the organ maps
-    # too, and have a hash of them in their names.
+    # The studies are cached once, before the trials read them. The images are cached alike for all
+    # trials; a config that learns organs has the organ maps read too.
     with_organs = [config for config in configs if learns_organs(config)]
-    cases = load_cases(data, (with_organs or configs)[0])
+    reads_most = with_organs[0] if with_organs else configs[0]
+    cases = load_cases(data, reads_most)
     organ_maps = {case.name: case.meta.digests["organs"] for case in cases if case.organs}
 
-    # The options that decide the splits are the same in all trials.
+    # The splits of each fold. The options that decide them are the same in all trials.
     splits = {}
     for fold in folds:
         splits[fold] = choose_splits(replace(configs[0], fold=fold), cases)
@@ -204,11 +222,15 @@ def prepare_trials(args: argparse.Namespace, given: dict) -> list[Config]:
         if args.search == "free" and not any(case.has_lesion for case in validated):
             raise UserError("--search free: no lesion to validate on. Give other --splits.")
 
-    trials = {}  # by folder: draws, and rows of a grid with a given option, may be the same
+    # Each config is trained on each fold, in a folder of its own. Equal trials have the same folder
+    # and are one: draws may be equal, or rows of a grid in which an axis was replaced.
+    trials = {}  # by folder
     for fold, config in itertools.product(folds, configs):
+        # resume also starts a run that is not there. load_cases above has done what check asks for.
         trial = replace(config, fold=fold, resume=True, check=False)
         parts = splits[fold]
-        name = trial_name(trial, short_hash([parts, organ_maps] if learns_organs(trial) else parts))
+        inputs = [parts, organ_maps] if learns_organs(trial) else parts
+        name = trial_name(trial, short_hash(inputs))
         if args.search == "free":  # it may be stopped early, so it is no trial of a grid
             name = f"free-{name}"
         run = args.out / name

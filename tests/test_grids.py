@@ -3,6 +3,7 @@ tells where it is from, as the images are functions of the place in mm."""
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from scipy.spatial.transform import Rotation
 
 import cache
 import eval as evaluation
-from grids import Grid, grid_difference, inside_view, resample_to, share_inside
+from grids import Grid, inside_view, resample_to, same_grid, share_inside
 from mirror_unet import MirrorUNet
 from preprocess import PREPROCESSING, labels_to_native, logits_to_native, preprocess
 from studies import Source, Study
@@ -135,13 +136,28 @@ def test_every_voxel_comes_from_its_place(name, reference, tmp_path):
             assert (pet[beyond_pet > 0.51] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
+def test_a_ct_on_the_cached_grid_is_scaled_too(dtype, tmp_path):
+    """It needs no resampling. Its voxels are a read-only view of the file, in the file's type."""
+    study, _ = write_study(tmp_path, CTS["parallel"], "pet")
+    _, meta = preprocess(study, SETTINGS)
+    grid = meta.cached_grid
+    hu = np.rint(rising(places(grid))).astype(dtype)
+    write_nifti(study.ct.path, hu, grid.affine)
+
+    arrays, meta = preprocess(study, SETTINGS)
+    assert meta.cached_grid.shape == grid.shape != meta.native_grid.shape
+    expected = (np.clip(hu, *HU) + 200) / 400
+    np.testing.assert_allclose(arrays["images"][0], expected, atol=5e-4)
+
+
 @both_ways
 @pytest.mark.parametrize("name", CTS)
 def test_every_label_is_that_of_the_nearest_voxel(name, reference, tmp_path):
     study, mask = write_study(tmp_path, CTS[name], reference)
     arrays, meta = preprocess(study, SETTINGS)
     grid = PET if reference == "pet" else CTS[name]
-    assert not grid_difference(meta.native_grid, grid, "")
+    assert same_grid(meta.native_grid, grid)
 
     index = apply_affine(np.linalg.inv(grid.affine), places(meta.cached_grid))
     nearest = np.clip(np.rint(index), 0, np.subtract(grid.shape, 1)).astype(int)
@@ -261,10 +277,11 @@ def test_a_perfect_prediction_has_a_dice_of_1(name, reference, tmp_path, monkeyp
     monkeypatch.setattr(evaluation, "infer", lambda *args: inference)
     config = make_config("v1", data="somewhere")
     model = MirrorUNet("v1", channels=(4, 8, 8, 16, 16))
+    loaded = SimpleNamespace(model=model, config=config, device="cpu")
 
     def score(to_native):
         monkeypatch.setattr(evaluation, "logits_to_native", to_native)
-        return evaluation.score_case(model, case, config, "cpu")
+        return evaluation.score_case(loaded, case)
 
     row = score(lambda *args: mask.astype(np.uint8))
     voxel = abs(np.linalg.det(case.meta.native_affine))  # mm³
