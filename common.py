@@ -25,7 +25,13 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line, without the usage of every option."""
+    """Reports a bad command line in one line, without the usage of every option.
+
+    Options cannot be abbreviated: a later option could change what an abbreviation means.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> None:
         print(f"error: {message}. See {self.prog} -h.", file=sys.stderr)

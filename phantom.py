@@ -8,7 +8,6 @@ files of a patient do not depend on how many patients there are.
     python phantom.py --patients 200 --out DIR [--seed 1]    a larger cohort, for --data DIR
 """
 
-import argparse
 import gzip
 import os
 import shutil
@@ -23,6 +22,7 @@ import numpy as np
 from scipy import ndimage
 
 from common import (
+    Parser,
     UserError,
     command_line,
     progress,
@@ -549,7 +549,7 @@ def enlarge(study: SimulatedStudy) -> SimulatedStudy:
 
 def phantom_command(argv: list[str] | None = None) -> None:
     """python phantom.py: see the top of the file."""
-    parser = argparse.ArgumentParser(description="Write a simulated PET/CT cohort.")
+    parser = Parser(description="Write a simulated PET/CT cohort.")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--patients", type=int, default=36, help="every other one has lesions [36]")
     parser.add_argument("--seed", type=int, default=0, help="other patients [0]")

@@ -126,6 +126,7 @@ $TRAIN tcia --theta auto => --theta auto: a number, from 0 to 1 or learn
 $TRAIN tcia --lr 1e38 --steps 4 => new: the loss is nan in epoch 1 ... --lr
 $TRAIN tcia --lr nan => --lr nan: a number
 $TRAIN tcia --patch 160000 => --patch (160000,): a number, from 1 to 4096
+$TRAIN tcia --vers v3 => unrecognized arguments: --vers v3
 $TRAIN tcia --patch 20 => --patch (20,): every side must divide by 16
 $TRAIN tcia --out $LIST => $LIST: File exists. Choose another path
 $TRAIN tcia --out run => run: holds a run already. Add --resume
