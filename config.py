@@ -89,7 +89,8 @@ class Config:
     )
     bottleneck: str = option(
         "own",
-        "features that a decoder starts from: its own branch's (Eq. 1) or those of both",
+        "features that a decoder starts from: its own branch's (Eq. 1), those of both, or its own "
+        "with learned gates to the other branch behind the layers L",
         choices=BOTTLENECKS,
         applies=every_version,
     )
@@ -353,8 +354,8 @@ def describe_run(config: Config) -> str:
     if system_of(config):
         return config.version
     layers = ", ".join(map(str, config.shared))
-    joint = ", joint bottleneck" if config.bottleneck == "joint" else ""
-    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{joint}"
+    bottleneck = "" if config.bottleneck == "own" else f", {config.bottleneck} bottleneck"
+    return f"Mirror U-Net {config.version}, L={{{layers}}}, Φ {config.phi}{bottleneck}"
 
 
 def applicable_options(config: Config, kind: str) -> dict[str, bool]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 CHANNELS = (16, 32, 64, 128, 256)
 STRIDE = 16  # four layers of stride 2
 DEFAULT_THETA = 0.2  # weight of the CT branch in Eq. 4
-BOTTLENECKS = ("own", "joint")
+BOTTLENECKS = ("own", "joint", "gate")
 NORMS = ("shared", "private")
 CLASSIFIERS = ("both", "pet")
 UNIONS = {"whole": ("edema", "core")}  # a class that is others together (Sec. 3.3)
@@ -204,7 +204,9 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_parameter("theta", None)  # Every network has the attribute.
+        # Every network has these attributes.
+        self.register_parameter("theta", None)
+        self.gates = nn.ModuleDict()
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters that the branches `ct` and `pet` both hold, each once (Sec. 3.2).
@@ -360,20 +362,44 @@ class Classifier(nn.Sequential):
         )
 
 
+class Gate(nn.Module):
+    """h + g ⊙ conv1(h'): what a branch's map h takes from the other branch's, at first nothing.
+
+    conv1 is a 1^3 convolution; g holds a number per channel and starts at 0.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv3d(width, width, 1)
+        self.g = nn.Parameter(torch.zeros(width))
+
+    def forward(self, own: Tensor, other: Tensor) -> Tensor:  # all (B, width, W, H, D)
+        return own + self.g.view(-1, 1, 1, 1) * self.conv(other)
+
+
 # ------------------------------------------------------------------ the U
 
 SKIPS = {6: 4, 7: 3, 8: 2, 9: 1}  # decoder layer: encoder layer whose map it is given too
 
 Branches = dict[str, nn.ModuleList]  # layers 1-9 of each branch, by its name
 ByBranch = dict[str, Tensor]  # one image or feature map of each branch, by its name
+Gates = nn.ModuleDict  # by the branch whose map a Gate changes and the layer, as ct_5
+NO_GATES = Gates()
 
 
-def run_layer(branches: Branches, number: int, inputs: ByBranch) -> ByBranch:
-    """Layer `number` of every branch in `inputs`, each on its own input."""
-    return {name: branches[name][number - 1](x) for name, x in inputs.items()}
+def run_layer(branches: Branches, number: int, inputs: ByBranch, gates: Gates) -> ByBranch:
+    """Layer `number` of every branch in `inputs`, each on its own input, then the gates."""
+    outputs = {name: branches[name][number - 1](x) for name, x in inputs.items()}
+
+    gated = dict(outputs)  # Each gate sees the maps from before both.
+    for name, other in (("ct", "pet"), ("pet", "ct")):
+        gate = f"{name}_{number}"
+        if name in outputs and gate in gates:
+            gated[name] = gates[gate](outputs[name], outputs[other])
+    return gated
 
 
-def encode(branches: Branches, images: ByBranch) -> dict[int, ByBranch]:
+def encode(branches: Branches, images: ByBranch, gates: Gates = NO_GATES) -> dict[int, ByBranch]:
     """Layers 1-5 of every branch in `images`, in step: their outputs by the layer's number.
 
     The images are (B, 1, W, H, D), layer 5 puts out the bottoms (B, 256, W/16, H/16, D/16).
@@ -381,12 +407,17 @@ def encode(branches: Branches, images: ByBranch) -> dict[int, ByBranch]:
     maps = {}
     outputs = images
     for number in (1, 2, 3, 4, 5):
-        outputs = run_layer(branches, number, outputs)
+        outputs = run_layer(branches, number, outputs, gates)
         maps[number] = outputs
     return maps
 
 
-def decode(branches: Branches, bottoms: ByBranch, maps: dict[int, ByBranch]) -> ByBranch:
+def decode(
+    branches: Branches,
+    bottoms: ByBranch,
+    maps: dict[int, ByBranch],
+    gates: Gates = NO_GATES,
+) -> ByBranch:
     """Layers 6-9 of every branch in `bottoms`, in step: outputs (B, C, W, H, D).
 
     Each layer concatenates the encoder's map of its size to what comes from below, and doubles
@@ -395,7 +426,7 @@ def decode(branches: Branches, bottoms: ByBranch, maps: dict[int, ByBranch]) -> 
     outputs = bottoms
     for number, skip in SKIPS.items():
         inputs = {name: torch.cat([maps[skip][name], x], dim=1) for name, x in outputs.items()}
-        outputs = run_layer(branches, number, inputs)
+        outputs = run_layer(branches, number, inputs, gates)
     return outputs
 
 
@@ -409,7 +440,8 @@ class MirrorUNet(Network):
     theta: weight of the CT branch in Eq. 4, a number in [0, 1] or "learn" (from 0.5; v4 only).
     bottleneck: "own" decodes each branch from its own bottom (Eq. 1 and the released code: the
         mask of v1-v3 does not see CT at inference); "joint" starts each decoder from both bottoms
-        through a 1^3 convolution (Fig. 1).
+        through a 1^3 convolution (Fig. 1); "gate" puts a Gate for each branch behind every layer
+        of L, and is "own" until training opens one.
     norm: "shared" or "private" batch norms inside the shared layers.
     classifier: what T sees, "both" bottoms (Eq. 3) or only that of "pet" (the released code).
     channels: widths of layers 1-5. organs: names of the organs that v5 learns.
@@ -472,6 +504,14 @@ class MirrorUNet(Network):
             requires_grad=learned and self.variant.fused,
         )
 
+        # The gates come last, so that all other weights draw the random numbers of "own".
+        gated_layers = sorted(shared) if bottleneck == "gate" else []
+        self.gated_decoder = any(number > 5 for number in gated_layers)
+        widths = (*channels, *channels[2::-1])  # that layers 1-8 put out
+        for number in gated_layers:
+            for branch in ("ct", "pet"):
+                self.gates[f"{branch}_{number}"] = Gate(widths[number - 1])
+
     def forward(self, ct: Tensor, pet: Tensor, heads: Heads = None) -> Output:
         """Run the network on ct and pet, each (B, 1, W, H, D).
 
@@ -485,7 +525,7 @@ class MirrorUNet(Network):
         images = {"ct": ct, "pet": pet}
 
         # E_C and E_P
-        maps = encode(branches, {name: images[name] for name in to_encode})
+        maps = encode(branches, {name: images[name] for name in to_encode}, self.gates)
         bottoms = maps[5]  # (B, 256, W/16, H/16, D/16) each
 
         # E_C(x_C) ⊕ E_P(x_P), what D_BTL and T see (Eq. 2 and 3)
@@ -497,7 +537,7 @@ class MirrorUNet(Network):
         inputs = {name: bottoms[name] for name in to_decode}
         if self.joint is not None:
             inputs = {name: self.joint[name](both) for name in to_decode}
-        outputs = decode(branches, inputs, maps)  # (B, channels of the task, W, H, D) each
+        outputs = decode(branches, inputs, maps, self.gates)  # (B, the task's channels, W, H, D)
 
         # The final mask, D_BTL and T
         if "seg" in wanted:
@@ -513,19 +553,24 @@ class MirrorUNet(Network):
         """The branches that must be encoded for the wanted heads, and those decoded as well.
 
         With bottleneck "own" the mask of v1-v3 needs PET's branch alone. CT's is encoded only if
-        its own output, D_BTL or a T that sees both bottoms is wanted too.
+        its own output, D_BTL or a T that sees both bottoms is wanted too. Gates need the maps of
+        both encoders and, behind layers 6-8, of both decoders.
         """
-        tumor_sees_ct = "tumor" in wanted and self.classifier_sees_ct
-        needs_both = "btl" in wanted or tumor_sees_ct or self.joint is not None
-
-        to_encode = []
         to_decode = []
         for name in ("ct", "pet"):
-            decoded = name in wanted or ("seg" in wanted and name in self.mask_branches)
-            seen_by_tumor = "tumor" in wanted and name == "pet"
-            if decoded:
+            if name in wanted or ("seg" in wanted and name in self.mask_branches):
                 to_decode.append(name)
-            if decoded or seen_by_tumor or needs_both:
+        if to_decode and self.gated_decoder:
+            to_decode = ["ct", "pet"]
+
+        tumor_sees_ct = "tumor" in wanted and self.classifier_sees_ct
+        branches_meet = self.joint is not None or len(self.gates) > 0
+        needs_both = "btl" in wanted or tumor_sees_ct or branches_meet
+
+        to_encode = []
+        for name in ("ct", "pet"):
+            seen_by_tumor = "tumor" in wanted and name == "pet"
+            if name in to_decode or seen_by_tumor or needs_both:
                 to_encode.append(name)
         return to_encode, to_decode
 

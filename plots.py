@@ -106,7 +106,7 @@ def save(figure: Figure, *paths: Path, **options) -> None:
 
 
 def draw_curves(run: Path) -> None:
-    """Draw curves.png: loss terms, validation, gradients on the shared layers, and speed."""
+    """Draw curves.png: loss terms, gradients on the shared layers, validation, speed, and gates."""
     rows = read_metrics(run)
     if not rows:  # the file was lost
         return
@@ -122,17 +122,23 @@ def draw_curves(run: Path) -> None:
         "Validation: FPV of healthy studies, ml": ["val_fpv_healthy_ml"],
         "Speed": ["patches per second", "waiting for data, %"],
     }
-    figure, axes = plt.subplots(1, len(columns), figsize=(20, 3.6), layout="constrained")
+    gates = [name for name in frame if name.startswith("gate_")]
+    if gates:
+        columns["Gates: mean |g|"] = gates
+
+    size = (4 * len(columns), 3.6)
+    figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained")
     for axis, title in zip(axes, columns, strict=True):
-        for name, color in zip(columns[title], itertools.cycle(COLORS), strict=False):
+        styles = itertools.product((".-", ".--", ".:"), COLORS)  # for more lines than colours
+        for name, (style, color) in zip(columns[title], styles, strict=False):
             if name in frame:  # an epoch without validation has an empty cell
-                axis.plot(frame[name].dropna(), ".-", color=color, label=name)
+                axis.plot(frame[name].dropna(), style, color=color, label=name)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
 
-    loss_axis, gradient_axis, dice_axis, _, speed_axis = axes
+    loss_axis, gradient_axis, dice_axis, _, speed_axis = axes[:5]
     positive = (frame[losses] > 0).all(axis=None)  # a term with a learned weight may be negative
     loss_axis.set_yscale("log" if positive else "symlog")
     gradient_axis.set_yscale("log")

@@ -476,7 +476,7 @@ def peak_gpu_memory(rows: list[dict]) -> float | None:
 def loss_term_names(columns) -> list[str]:
     """The weighted loss terms: the columns of metrics.csv without a fixed name or prefix."""
     others = {"epoch", "lr", "loss", "theta", "patches_per_s", "data_wait", "seconds"}
-    prefixes = ("grad_", "val_", "gpu_")
+    prefixes = ("grad_", "gate_", "val_", "gpu_")
     return [name for name in columns if name not in others and not name.startswith(prefixes)]
 
 

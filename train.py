@@ -210,18 +210,23 @@ def restore(state: State) -> None:
         raise UserError(f"{state.run / 'metrics.csv'}: ends before last.pt. Restore or remove it.")
 
 
-def make_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Adam:
-    """Adam (Sec. 3.4). Learned scalars (θ, SF-Net's s) have no weight decay."""
+def make_optimizer(model: Network, config: Config, device: torch.device) -> torch.optim.Adam:
+    """Adam (Sec. 3.4). Learned scalars (θ, SF-Net's s) and gates have no weight decay.
+
+    It would close the gates again, from which is read whether the loss opens them.
+    """
+    gates = {id(gate.g) for gate in model.gates.values()}
     weights = []
-    scalars = []
+    undecayed = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            group = weights if parameter.dim() else scalars
+            decays = parameter.dim() > 0 and id(parameter) not in gates
+            group = weights if decays else undecayed
             group.append(parameter)
 
     groups = [{"params": weights, "weight_decay": config.weight_decay}]
-    if scalars:
-        groups.append({"params": scalars, "weight_decay": 0.0})
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
     return torch.optim.Adam(groups, lr=config.lr, fused=device.type in ("cuda", "cpu"))
 
 
@@ -363,6 +368,8 @@ def train_epoch(state: State, loader: Loader, epoch: int, bar: tqdm) -> dict:
         row[f"grad_{name}"] = norm
     if config.theta is not None:
         row["theta"] = model.theta.item()
+    for name, gate in model.gates.items():
+        row[f"gate_{name}"] = gate.g.abs().mean().item()
     row["patches_per_s"] = len(loader) * config.batch_size / seconds
     row["data_wait"] = seconds_waited / seconds  # as a share of the time
     row["seconds"] = seconds

@@ -85,6 +85,8 @@ def test_the_run_is_described():
     assert describe_run(make_config("v2")) == "Mirror U-Net v2, L={5}, Φ shuffle"
     joint = make_config("v2", bottleneck="joint")
     assert describe_run(joint).endswith("Φ shuffle, joint bottleneck")
+    gate = make_config("v2", bottleneck="gate")
+    assert describe_run(gate).endswith("Φ shuffle, gate bottleneck")
     assert describe_run(make_config("nnunet")) == "nnunet"
 
 
@@ -139,6 +141,7 @@ petct --version v4 --modality ct          : --modality has no effect
 petct --version v3_ct_only --modality pet : --modality pet: v3_ct_only is ct
 petct --version v5 --ct other             : --ct other: v5 learns organs
 petct --version ct --bottleneck joint     : --bottleneck has no effect
+petct --version ct --bottleneck gate      : --bottleneck has no effect
 petct --version nnunet --shared 4         : --shared has no effect
 petct --version weninger --lambda-rec 1   : --lambda-rec has no effect
 petct --version segresnet --norm private  : --norm has no effect

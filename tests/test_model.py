@@ -35,6 +35,15 @@ TABLE_2 = {  # L: parameters of v4 and of v3 (whose classifier sees PET), from t
     (4, 5, 6): (5_268_901, 6_424_174),
     (3, 4, 5, 6, 7): (4_908_833, 6_064_106),
 }
+GATES = {  # L: parameters that gates add to any version, from the widths of its layers
+    (3,): 8_448,  # two of 64 * 64 weights, 64 biases and 64 numbers g
+    (4,): 33_280,
+    (5,): 132_096,
+    (6,): 8_448,
+    (7,): 2_176,
+    (4, 5, 6): 173_824,
+    (3, 4, 5, 6, 7): 184_448,
+}
 ALL = tuple(range(1, 9))
 
 # Channels of every field that a version fills; tumor is one logit per sample.
@@ -150,6 +159,15 @@ def test_sizes_of_table_2(shared):
     assert count("v5", shared, organs=ten_organs) == v3 + 256 + wider
 
 
+@pytest.mark.parametrize("shared", TABLE_2)
+def test_sizes_of_table_2_with_gates(shared):
+    widths = dict(zip(ALL, (16, 32, 64, 128, 256, 64, 32, 16), strict=True))
+    assert GATES[shared] == sum(2 * (widths[i] ** 2 + 2 * widths[i]) for i in shared)
+    for version in ("v1", "v2", "v3", "v4", "v5"):
+        own = count(version, shared)
+        assert count(version, shared, bottleneck="gate") == own + GATES[shared]
+
+
 def test_private_norms_share_everything_but_the_batch_norms():
     net = sizes_only(shared=(5, 6), norm="private")
     shared = []
@@ -248,10 +266,100 @@ def test_classifier_is_its_formula():
     assert dropout.p == 0.5
 
 
+# ------------------------------------------------------------------ gates
+
+
+def open_gates(net):
+    with torch.no_grad():
+        for gate in net.gates.values():
+            gate.g.uniform_(-0.5, 0.5)
+
+
+@pytest.mark.parametrize("shared", [*TABLE_2, (), ALL])
+@pytest.mark.parametrize(("kind", "version"), FIELDS)
+def test_a_network_with_gates_starts_as_own(kind, version, shared):
+    own = small_net(kind, version, shared=shared)
+    gated = small_net(kind, version, shared=shared, bottleneck="gate")
+    weights = gated.state_dict()
+    for name, value in own.state_dict().items():
+        assert torch.equal(weights.pop(name), value), name
+    gates = [f"gates.{branch}_{i}" for i in shared for branch in ("ct", "pet")]
+    assert {name.rsplit(".g")[0].rsplit(".conv")[0] for name in weights} == set(gates)
+
+    for training in (True, False):
+        outputs = []
+        for net in (own, gated):
+            torch.manual_seed(1)  # of dropout
+            outputs.append(net.train(training)(CT, PET))
+        for field in own.heads:
+            assert torch.equal(getattr(outputs[0], field), getattr(outputs[1], field)), field
+    for name, value in own.named_buffers():
+        assert torch.equal(gated.get_buffer(name), value), name
+
+
+def test_both_gates_of_a_layer_take_the_maps_from_before():
+    gates = nn.ModuleDict({"ct_1": mirror_unet.Gate(2), "pet_1": mirror_unet.Gate(2)})
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # of the two channels
+    for gate, numbers in zip(gates.values(), ([2.0, 3.0], [5.0, 7.0]), strict=True):
+        gate.load_state_dict(
+            {
+                "conv.weight": swap.reshape(2, 2, 1, 1, 1),
+                "conv.bias": torch.ones(2),
+                "g": torch.tensor(numbers),
+            }
+        )
+    ct = torch.tensor([1.0, 10.0]).reshape(1, 2, 1, 1, 1)
+    pet = torch.tensor([100.0, 1000.0]).reshape(1, 2, 1, 1, 1)
+    layers = nn.ModuleList([nn.Identity()])
+    branches = {"ct": layers, "pet": layers}
+    with torch.no_grad():
+        maps = mirror_unet.run_layer(branches, 1, {"ct": ct, "pet": pet}, gates)
+    assert maps["ct"].flatten().tolist() == [1 + 2 * 1001, 10 + 3 * 101]
+    assert maps["pet"].flatten().tolist() == [100 + 5 * 11, 1000 + 7 * 2]
+
+
+@pytest.mark.parametrize("shared", [*TABLE_2, (8,), ALL])
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_the_mask_sees_ct_once_the_gates_are_open(version, shared):
+    options = {"shared": shared, "bottleneck": "gate", "classifier": "pet"}
+    net = small_net("petct", version, **options).eval()
+    assert seen_by(net, "seg") == "pet"
+    assert seen_by(net, "ct") == "ct"
+    open_gates(net)
+    assert seen_by(net, "seg") == "ct pet"
+    assert seen_by(net, "ct") == "ct pet"
+
+    full = net(CT, PET)
+    for name in net.heads:
+        alone = net(CT, PET, heads=(name,))
+        assert torch.equal(getattr(alone, name), getattr(full, name)), name
+
+
+# L of the gates | wanted | encoded | decoded
+RUNS = """
+5   | seg   | ct pet | pet
+8   | seg   | ct pet | ct pet
+5 6 | seg   | ct pet | ct pet
+5   | ct    | ct pet | ct
+6   | ct    | ct pet | ct pet
+5 6 | tumor | ct pet |
+6   | btl   | ct pet |
+    | seg   | pet    | pet
+"""
+
+
+@pytest.mark.parametrize("row", RUNS.strip("\n").splitlines())
+def test_gates_run_the_branches_that_they_need(row):
+    layers, wanted, *expected = map(str.strip, row.split("|"))
+    shared = tuple(map(int, layers.split()))
+    net = sizes_only("v3", shared, bottleneck="gate", classifier="pet")
+    assert [" ".join(names) for names in net.branches_to_run((wanted,))] == expected
+
+
 # ------------------------------------------------------------------ what each output sees
 
 
-@pytest.mark.parametrize("bottleneck", ["own", "joint"])
+@pytest.mark.parametrize("bottleneck", ["own", "joint", "gate"])
 @pytest.mark.parametrize(("kind", "version"), FIELDS)
 def test_a_version_fills_its_fields_each_by_itself_too(kind, version, bottleneck):
     net = small_net(kind, version, bottleneck=bottleneck)
@@ -397,7 +505,7 @@ def test_a_row_of_your_own_is_a_version(monkeypatch):
         ({"kind": "ultrasound"}, "not defined for ultrasound: choose from petct, mri"),
         ({"shared": (0, 5)}, r"shared layers \[0, 5\]"),
         ({"shared": (9,)}, r"shared layers \[9\]"),
-        ({"bottleneck": "mean"}, "bottleneck 'mean': choose from own, joint"),
+        ({"bottleneck": "mean"}, "bottleneck 'mean': choose from own, joint, gate"),
         ({"norm": "none"}, "norm 'none': choose from shared, private"),
         ({"classifier": "ct"}, "classifier 'ct': choose from both, pet"),
     ],

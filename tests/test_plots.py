@@ -271,6 +271,20 @@ def test_curves_show_every_term_of_the_loss(tmp_path, saved):
     assert line(speed, "waiting for data, %") == [50, 50]
 
 
+def test_curves_have_an_axis_for_gates_if_there_are_any(tmp_path, saved):
+    metrics = """epoch,loss,seg,gate_ct_5,gate_pet_5,val_dice,patches_per_s,data_wait,seconds
+1,3,3,0.01,0.02,,5,0.5,1
+2,2,2,0.03,0.04,0.25,6,0.5,1
+"""
+    (tmp_path / "metrics.csv").write_text(metrics)
+    plots.draw_curves(tmp_path)
+    loss, *_, gates = saved["curves"].axes
+    assert len(saved["curves"].axes) == 6
+    assert {curve.get_label() for curve in loss.lines} == {"seg", "loss"}
+    assert line(gates, "gate_ct_5") == [0.01, 0.03]
+    assert line(gates, "gate_pet_5") == [0.02, 0.04]
+
+
 # ------------------------------------------------------------------ a study in one plane
 
 

@@ -199,6 +199,28 @@ def test_theta_is_learned_within_0_and_1(base, cases, theta, lr, low, high):
     assert torch.equal(epoch.model.theta, epoch.before["theta"]) == (theta != "learn")
 
 
+@pytest.mark.parametrize("version", ["v1", "v3", "v4"])
+def test_a_step_opens_the_gates(base, cases, version):
+    """g moves, its mean |g| is in metrics.csv, and from then on the mask depends on CT."""
+    phi = "none" if version == "v4" else base.phi
+    config = replace(base, version=version, phi=phi, shared=(4, 6), bottleneck="gate")
+    epoch = Epoch(config, cases)
+    net, row = epoch.model, epoch.row
+    assert list(net.gates) == ["ct_4", "pet_4", "ct_6", "pet_6"]
+    assert {name for name in row if name.startswith("gate_")} == {f"gate_{n}" for n in net.gates}
+    assert set(runs.loss_term_names(row)) == TERMS[version]
+    for name, gate in net.gates.items():
+        assert not epoch.before[f"gates.{name}.g"].any()
+        assert gate.g.all()
+        assert row[f"gate_{name}"] == gate.g.abs().mean().item()
+
+    ct, pet = epoch.images[:, :1], epoch.images[:, 1:]
+    net.eval()
+    with torch.no_grad():
+        masks = [net(image, pet, heads=("seg",)).seg for image in (ct, 1 - ct)]
+    assert not torch.equal(*masks)
+
+
 def test_the_learning_rate_drops_to_a_tenth():
     config = Config(lr=1e-3, lr_drop=3, epochs=4)
     rates = [train.learning_rate(config, epoch) for epoch in range(5)]
@@ -212,6 +234,13 @@ def test_what_does_not_decay(base):
     weights, scalars = train.make_optimizer(model, config, CPU).param_groups
     assert scalars["params"] == [model.theta] and scalars["weight_decay"] == 0
     assert weights["weight_decay"] == 1e-6 and weights["lr"] == base.lr
+
+    model = runs.build_model(make_config("v1", bottleneck="gate"))
+    weights, gates = train.make_optimizer(model, config, CPU).param_groups
+    assert gates["params"] == [model.gates["ct_5"].g, model.gates["pet_5"].g]
+    assert gates["weight_decay"] == 0
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(weights["params"]) == len(learned) - 2
 
 
 # ------------------------------------------------------------------ the machine
@@ -530,6 +559,19 @@ def test_more_epochs_continue_a_finished_run(base, finished, tmp_path, no_figure
     result = resume(run, epochs=2)
     assert_same_run(run, finished[0])
     assert result == {**finished[1], "run": str(run)}
+
+
+def test_a_run_with_gates_resumes_bit_for_bit(base, tmp_path, no_figures):
+    words = ["--version", "v3", "--shared", "4", "5", "6", "--bottleneck", "gate"]
+    given = train.parse_train(words)
+    config = replace(base, shared=given.shared, bottleneck=given.bottleneck)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    result = train.train(replace(config, out=str(whole)))
+    train.train(replace(config, out=str(run), epochs=1))
+    assert resume(run, epochs=2) == {**result, "run": str(run)}
+    assert_same_run(run, whole)
+    gates = [name for name in pd.read_csv(run / "metrics.csv") if name.startswith("gate_")]
+    assert gates == [f"gate_{branch}_{i}" for i in (4, 5, 6) for branch in ("ct", "pet")]
 
 
 def test_workers_do_not_change_the_weights(base, finished, tmp_path, no_figures):
