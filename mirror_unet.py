@@ -505,10 +505,14 @@ class MirrorUNet(Network):
         )
 
         # The gates come last, so that all other weights draw the random numbers of "own".
-        gated_layers = sorted(shared) if bottleneck == "gate" else []
-        self.gated_decoder = any(number > 5 for number in gated_layers)
+        self.gated_decoder = bottleneck == "gate" and max(shared, default=0) > 5
+        if bottleneck == "gate":
+            self.add_gates(shared, channels)
+
+    def add_gates(self, shared: tuple[int, ...], channels: tuple[int, ...]) -> None:
+        """A gate behind every layer of L, in both branches."""
         widths = (*channels, *channels[2::-1])  # that layers 1-8 put out
-        for number in gated_layers:
+        for number in sorted(shared):
             for branch in ("ct", "pet"):
                 self.gates[f"{branch}_{number}"] = Gate(widths[number - 1])
 

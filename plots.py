@@ -126,6 +126,12 @@ def draw_curves(run: Path) -> None:
     if gates:
         columns["Gates: mean |g|"] = gates
 
+    # Without studies that have no lesion, or without shared layers, an axis would stay empty.
+    frame = frame.dropna(axis="columns", how="all")
+    for title, names in list(columns.items()):
+        if not set(names) & set(frame):
+            del columns[title]
+
     size = (4 * len(columns), 3.6)
     figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained")
     for axis, title in zip(axes, columns, strict=True):
@@ -135,15 +141,16 @@ def draw_curves(run: Path) -> None:
                 axis.plot(frame[name].dropna(), style, color=color, label=name)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
 
-    loss_axis, gradient_axis, dice_axis, _, speed_axis = axes[:5]
-    positive = (frame[losses] > 0).all(axis=None)  # a term with a learned weight may be negative
-    loss_axis.set_yscale("log" if positive else "symlog")
-    gradient_axis.set_yscale("log")
-    dice_axis.set_ylim(0, 1)
-    speed_axis.set_ylim(0)
+        if title.startswith("Weighted"):  # a term with a learned weight may be negative
+            axis.set_yscale("log" if (frame[losses] > 0).all(axis=None) else "symlog")
+        elif title.startswith("Gradient"):
+            axis.set_yscale("log")
+        elif title == "Validation: Dice":
+            axis.set_ylim(0, 1)
+        elif title == "Speed":
+            axis.set_ylim(0)
     save(figure, run / "curves.png", dpi=110)
 
 
