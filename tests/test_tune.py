@@ -208,6 +208,8 @@ def test_a_trial_has_a_record_of_the_searches_that_asked_for_it(base, tmp_path, 
     free = ONE.replace("lambdas", "free --version v3 --shared 5") + " --lr 0.001 --samples 3"
     (sample,) = prepare(base, tmp_path, free)[1]
     assert Path(sample.out).name == f"free-{run.name}"
+    alone = free.replace("--samples 3", "--samples 1")  # a search of a single config
+    assert prepare(base, tmp_path, alone)[1] == [sample]
     monkeypatch.setattr(tune, "choose_splits", lambda *args: {"val": []})
     with pytest.raises(UserError, match="no lesion to validate on"):
         prepare(base, tmp_path, free)
